@@ -1,0 +1,76 @@
+// The kernels of the CPU backend. Each is compiled once per instruction set (portable, AVX2, AVX-512); a table of
+// entry points is chosen at run time. Plain data in, plain data out: no torch, no allocation, no threads.
+#pragma once
+#include <cstdint>
+
+#include "problem.h"
+
+namespace shear::cpu {
+
+// Hidden states in place, row-major (tokens, dim).
+struct States {
+  const void* data;
+  Dtype dtype;
+  int64_t dim;
+};
+
+// One tile of token costs ||x_i - y_j||: rows and columns are tokens.
+struct CostTile {
+  States states;
+  int64_t row, rows, col, cols;
+  const float* center;   // (dim) mean state of the group
+  const float* sq_norm;  // (tokens) squared norm of the centred states
+  float* out;            // (rows, ld)
+  int64_t ld;
+  float* scratch;  // kPanelFloats
+};
+
+// Reductions of token costs over the columns of a span: of one row, or of all rows of a span.
+struct Window {
+  int64_t begin, size;
+};
+
+struct PairInput {
+  const float* cost;  // (n, m), row stride ld
+  int64_t ld;
+  int64_t n, m;
+  float eps;
+  int64_t n_iters;
+  float tol;
+  float bound;  // largest certified lower bound on W1 known so far
+  // Float bits of the smallest span distance known for the two spans, written by other threads; null: never abandon.
+  const uint32_t* best_row;
+  const uint32_t* best_col;
+};
+
+struct PairOutput {
+  float distance;  // the bound that exceeded both known minima, if abandoned
+  float residual;  // L1 error of the row marginal
+  int32_t iterations;
+  bool abandoned;
+};
+
+struct Kernels {
+  const char* isa;
+  // Adds the states of `count` tokens from `token` on to sums (dim_end - dim_begin).
+  void (*add_states)(const States&, int64_t token, int64_t count, int64_t dim_begin, int64_t dim_end, double* sums);
+  // ||x - center||^2, center may be null; Inf or NaN iff the state has one or its norm overflows float32.
+  float (*squared_norm)(const States&, int64_t token, const float* center);
+  void (*token_cost)(const CostTile&);
+  // out[k] = minimum (or sum) of row[w.begin .. w.begin + w.size) for each window
+  void (*window_min)(const float* row, const Window* windows, int64_t count, float* out);
+  void (*window_sum)(const float* row, const Window* windows, int64_t count, float* out);
+  // out[j] = minimum over rows i of cost[i * ld + j]
+  void (*column_min)(const float* cost, int64_t ld, int64_t rows, int64_t cols, float* out);
+  // a[k] += b[k]
+  void (*add)(float* a, const float* b, int64_t count);
+  // cost -> exp(-cost^2 / (2 sigma^2)) in place
+  void (*rbf)(float* cost, int64_t count, float sigma);
+  PairOutput (*sinkhorn)(const PairInput&, float* scratch);
+};
+
+// The table for the best instruction set of this machine, or for the one named by SHEAR_ISA.
+// Throws std::runtime_error if that one is unknown or not supported here.
+const Kernels& kernels();
+
+}  // namespace shear::cpu

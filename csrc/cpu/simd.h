@@ -1,0 +1,92 @@
+// One float vector type per instruction set, on the compiler's vector extension: its width follows SHEAR_WIDTH
+// (floats per vector), its instructions follow the flags of the translation unit. Included only by files that are
+// compiled once per instruction set; everything lives in that set's namespace and nothing of the standard library
+// is instantiated, because the linker could keep an AVX-512 copy of a shared inline function for every caller.
+#pragma once
+#include <cstdint>
+
+namespace shear::cpu::SHEAR_ISA {
+
+constexpr int kWidth = SHEAR_WIDTH;
+typedef float Vec __attribute__((vector_size(4 * SHEAR_WIDTH)));
+typedef int32_t VecI __attribute__((vector_size(4 * SHEAR_WIDTH)));
+typedef uint32_t VecU __attribute__((vector_size(4 * SHEAR_WIDTH)));
+typedef uint16_t VecH __attribute__((vector_size(2 * SHEAR_WIDTH)));
+typedef double VecD __attribute__((vector_size(8 * SHEAR_WIDTH)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec abs(Vec a) { return (Vec)((VecU)a & 0x7fffffffu); }
+inline Vec sqrt(Vec a) {
+  for (int i = 0; i < kWidth; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+
+inline float sum(Vec a) {
+  float half[kWidth];
+  store(half, a);
+  for (int n = kWidth / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) half[i] += half[i + n];
+  return half[0];
+}
+inline float min(Vec a) {
+  float half[kWidth];
+  store(half, a);
+  for (int n = kWidth / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) half[i] = half[i + n] < half[i] ? half[i + n] : half[i];
+  return half[0];
+}
+inline double sum(VecD a) {
+  double total = 0;
+  for (int i = 0; i < kWidth; ++i) total += a[i];
+  return total;
+}
+inline VecD widen(Vec a) { return __builtin_convertvector(a, VecD); }
+
+// Lanes from `count` on are replaced by `fill`.
+inline Vec keep_first(Vec a, int count, float fill) {
+  for (int i = 0; i < kWidth; ++i) a[i] = i < count ? a[i] : fill;
+  return a;
+}
+// Reads `count` floats, never more.
+inline Vec load_first(const float* p, int64_t count, float fill) {
+  if (count >= kWidth) return load(p);
+  float lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i < count ? p[i] : fill;
+  return load(lanes);
+}
+
+// 2^x to 2e-7 relative for x <= 0; below 2^-96, where nothing is left of a plan, it stays at 2^-96 and so keeps
+// products clear of slow subnormal numbers.
+inline Vec exp2(Vec x) {
+  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  x = max(x, broadcast(-96.f));
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);  // [-0.5, 0.5]
+  // minimax polynomial of 2^f, degree 5
+  Vec p = broadcast(1.327647152e-3f);
+  p = p * f + 9.675541331e-3f;
+  p = p * f + 5.550713275e-2f;
+  p = p * f + 2.402211972e-1f;
+  p = p * f + 6.931469671e-1f;
+  p = p * f + 1.000000072f;
+  return (Vec)((VecI)p + ((VecI)shifted << 23));
+}
+
+// float16 and bfloat16 bits to float32, exactly.
+inline Vec from_bfloat16(VecH bits) { return (Vec)(__builtin_convertvector(bits, VecU) << 16); }
+inline Vec from_float16(VecH bits) {
+  const VecU wide = __builtin_convertvector(bits, VecU);
+  const Vec scaled = (Vec)((wide & 0x7fffu) << 13) * 0x1p112f;  // rebias the exponent, subnormals included
+  const VecU infinite = (VecU)(scaled >= 65536.f) & 0x7f800000u;
+  return (Vec)((VecU)scaled | infinite | ((wide & 0x8000u) << 16));
+}
+
+}  // namespace shear::cpu::SHEAR_ISA

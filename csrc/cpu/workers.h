@@ -1,0 +1,47 @@
+// Work shared by torch's threads: tasks are taken in order from one queue, so that the threads finish together.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace shear::cpu {
+
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Buffer = std::unique_ptr<float[], AlignedDelete>;
+
+// Uninitialised floats on a cache line.
+inline Buffer make_buffer(int64_t floats) {
+  return Buffer(static_cast<float*>(::operator new[](sizeof(float) * std::max<int64_t>(floats, 1), std::align_val_t{64})));
+}
+
+inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+class Workers {
+ public:
+  explicit Workers(int64_t scratch_floats)
+      : threads_(shear::cpu::threads()),
+        stride_((scratch_floats + 15) / 16 * 16),
+        scratch_(make_buffer(threads_ * stride_)) {}
+
+  // Calls task(index, scratch) once for each index in [0, count). Each thread has its own scratch.
+  template <typename Task>
+  void run(int64_t count, const Task& task) const {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads_, count), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) task(i, scratch_.get() + worker * stride_);
+    });
+  }
+
+ private:
+  int64_t threads_, stride_;
+  Buffer scratch_;
+};
+
+}  // namespace shear::cpu

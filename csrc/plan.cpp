@@ -1,0 +1,135 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace shear {
+namespace {
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int64_t tokens_of(const Problem& problem, int64_t span, int64_t spans) {
+  return problem.spans[span + spans - 1].end - problem.spans[span].begin;
+}
+
+// Number of consecutive spans, at least one, that keep a block within the budget.
+template <typename Bytes>
+int64_t fitting_spans(int64_t available, const Bytes& bytes) {
+  int64_t low = 1, high = available;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (bytes(middle) <= kChunkBytes)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+class Planner {
+ public:
+  Planner(const Problem& problem, bool needs_costs, Plan* plan)
+      : problem_(problem), needs_costs_(needs_costs), plan_(plan) {}
+
+  void add(int64_t group, const Rollout& correct, const Rollout& incorrect) {
+    for (int64_t col = incorrect.span_begin; col < incorrect.span_end;) {
+      // one row span decides how many columns fit, then as many row spans as still fit
+      const int64_t cols = fitting_spans(incorrect.span_end - col, [&](int64_t n) {
+        return block_bytes(tokens_of(problem_, correct.span_begin, 1), tokens_of(problem_, col, n), 1, n);
+      });
+      for (int64_t row = correct.span_begin; row < correct.span_end;) {
+        const int64_t rows = fitting_spans(correct.span_end - row, [&](int64_t n) {
+          return block_bytes(tokens_of(problem_, row, n), tokens_of(problem_, col, cols), n, cols);
+        });
+        push(group, row, rows, col, cols);
+        row += rows;
+      }
+      col += cols;
+    }
+  }
+
+  int64_t peak_bytes() const { return peak_bytes_; }
+
+ private:
+  int64_t block_bytes(int64_t row_tokens, int64_t col_tokens, int64_t row_spans, int64_t col_spans) const {
+    const int64_t floats = needs_costs_ ? row_tokens * (round_up(col_tokens, kCostPad) + col_spans) : 0;
+    return 4 * floats + kBytesPerPair * row_spans * col_spans;
+  }
+
+  void push(int64_t group, int64_t row_span, int64_t row_spans, int64_t col_span, int64_t col_spans) {
+    Block block{};
+    block.group = group;
+    block.row_span = row_span;
+    block.row_spans = row_spans;
+    block.col_span = col_span;
+    block.col_spans = col_spans;
+    block.row_token = problem_.spans[row_span].begin;
+    block.row_tokens = tokens_of(problem_, row_span, row_spans);
+    block.col_token = problem_.spans[col_span].begin;
+    block.col_tokens = tokens_of(problem_, col_span, col_spans);
+    block.ld = round_up(block.col_tokens, kCostPad);
+    const int64_t bytes = block_bytes(block.row_tokens, block.col_tokens, row_spans, col_spans);
+    if (plan_->chunks.empty() || bytes_ + bytes > kChunkBytes) {
+      plan_->chunks.emplace_back();
+      bytes_ = 0;
+    }
+    Chunk& chunk = plan_->chunks.back();
+    block.cost_offset = chunk.cost_floats;
+    block.row_offset = chunk.row_floats;
+    block.pair_offset = chunk.pairs;
+    if (needs_costs_) {
+      chunk.cost_floats += block.row_tokens * block.ld;
+      chunk.row_floats += block.row_tokens * col_spans;
+    }
+    chunk.pairs += block.pairs();
+    chunk.blocks.push_back(block);
+    bytes_ += bytes;
+    peak_bytes_ = std::max(peak_bytes_, bytes_);
+    plan_->pairs += block.pairs();
+    plan_->token_pairs += block.row_tokens * block.col_tokens;
+  }
+
+  const Problem& problem_;
+  const bool needs_costs_;
+  Plan* plan_;
+  int64_t bytes_ = 0, peak_bytes_ = 0;
+};
+
+}  // namespace
+
+int64_t sinkhorn_scratch_floats(int64_t n, int64_t m) {
+  const int64_t rows = round_up(n, 4), cols = round_up(m, kCostPad);
+  return 2 * rows * cols + 3 * rows + 4 * cols;
+}
+
+Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads) {
+  Plan plan;
+  const bool cosine = config.distance == Distance::kCosine;
+  Planner planner(problem, !cosine, &plan);
+  for (size_t g = 0; g < problem.groups.size(); ++g)
+    for (const int64_t i : problem.groups[g].correct)
+      for (const int64_t j : problem.groups[g].incorrect)
+        planner.add(static_cast<int64_t>(g), problem.rollouts[i], problem.rollouts[j]);
+
+  int64_t n = 0, row = 0;  // longest span; longest row of costs with its windows
+  for (const Group& group : problem.groups)
+    for (const auto* side : {&group.correct, &group.incorrect})
+      for (const int64_t i : *side) {
+        const Rollout& rollout = problem.rollouts[i];
+        n = std::max(n, std::min(config.span, rollout.end - rollout.begin));
+        row = std::max(row, rollout.end - rollout.begin + rollout.span_end - rollout.span_begin);
+      }
+  if (n > 0) plan.scratch_floats = std::max(kPanelFloats, row);
+  if (config.distance == Distance::kSinkhorn)
+    plan.scratch_floats = std::max(plan.scratch_floats, sinkhorn_scratch_floats(n, n));
+  if (config.distance == Distance::kMmd) plan.scratch_floats = kPanelFloats + n * n;
+
+  const auto spans = static_cast<int64_t>(problem.spans.size());
+  const auto groups = static_cast<int64_t>(problem.groups.size());
+  const int64_t per_token = 2;                     // norm, centred squared norm
+  const int64_t per_span = cosine ? 20 + dim : 20;  // the span, what it found, its mean or self-similarity
+  plan.workspace_bytes = planner.peak_bytes() + 4 * (threads * plan.scratch_floats + per_token * problem.tokens +
+                                                     per_span * spans + groups * dim);
+  return plan;
+}
+
+}  // namespace shear

@@ -1,0 +1,54 @@
+// What a call will do and allocate, decided on the host before any work: blocks of token costs grouped into
+// chunks whose workspace fits a budget. Reachable from Python through shear_ops.plan().
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "problem.h"
+
+namespace shear {
+
+// Token costs of consecutive spans of a correct rollout (rows) against those of an incorrect one (columns).
+struct Block {
+  int64_t group;
+  int64_t row_span, row_spans;  // first span, number of spans
+  int64_t col_span, col_spans;
+  int64_t row_token, row_tokens;  // first token, number of tokens
+  int64_t col_token, col_tokens;
+  int64_t ld;           // floats from one row of costs to the next
+  int64_t cost_offset;  // floats into the chunk's token costs
+  int64_t row_offset;   // floats into the chunk's row windows, (row_tokens, col_spans)
+  int64_t pair_offset;  // into the chunk's pairs, (row_spans, col_spans)
+
+  int64_t pairs() const { return row_spans * col_spans; }
+};
+
+struct Chunk {
+  std::vector<Block> blocks;
+  int64_t cost_floats = 0;
+  int64_t row_floats = 0;
+  int64_t pairs = 0;
+};
+
+struct Plan {
+  std::vector<Chunk> chunks;
+  int64_t pairs = 0;            // span pairs of all chunks
+  int64_t token_pairs = 0;      // token costs of all chunks
+  int64_t scratch_floats = 0;   // of each thread
+  int64_t workspace_bytes = 0;  // peak, beyond the tensors the call returns
+};
+
+constexpr int64_t kChunkBytes = int64_t{768} << 20;  // leaves room for scratch under 1 GiB
+constexpr int64_t kCostPad = 16;                     // floats: rows of costs start on a cache line
+constexpr int64_t kBytesPerPair = 16;                // value, residual, iterations, position in the queue
+
+Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads);
+
+// Floats of scratch that solving one pair of an n-token and an m-token span takes.
+int64_t sinkhorn_scratch_floats(int64_t n, int64_t m);
+
+// Floats of scratch for packed panels of states, per thread: see csrc/cpu/token_cost.cpp.
+constexpr int64_t kTileRows = 384, kTileCols = 768, kTileDepth = 192;
+constexpr int64_t kPanelFloats = (kTileRows + kTileCols) * kTileDepth + kTileDepth;
+
+}  // namespace shear

@@ -1,0 +1,17 @@
+from collections.abc import Sequence
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def cpu_isa() -> str: ...
+def plan(
+    cu_seqlens: Sequence[int],
+    group_ids: Sequence[int],
+    labels: Sequence[int],
+    *,
+    dim: int,
+    span: int,
+    stride: int,
+    distance: int,
+    tokens: int,
+    threads: int,
+) -> dict[str, Any]: ...

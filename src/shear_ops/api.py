@@ -1,0 +1,408 @@
+"""The public functions: typed checks, choice of the backend, layout of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C, backends, reference
+from .checks import as_integers, check_states
+from .config import CHOICES, SpanConfig, check_count, check_reg, check_tol
+from .packing import Packed, pack
+
+Integers = Tensor | Sequence[int]
+
+
+class PairCounts(NamedTuple):
+    """Span pairs of a call: all; skipped by their bound; abandoned; solved; stopped at n_iters."""
+
+    total: int
+    bounded: int
+    abandoned: int
+    solved: int
+    stopped: int
+
+
+class SpanDistances(NamedTuple):
+    """What every span found in its opposing set; K spans, rollout by rollout, in order.
+
+    Attributes:
+        distance: (K,) float32, the span distance to the nearest span (its mean over the opposing
+            set for aggregation="mean"); inf where the opposing set is empty. In units of a token
+            cost: not yet divided by the mean norm.
+        nearest: (K,) int64, index of that span among the K, -1 where there is none.
+        residual: (K,) float32, L1 marginal error of that span pair.
+        iterations: (K,) int32, Sinkhorn iterations of that span pair; n_iters means that it was
+            stopped there, and its distance may be off by more than 2e-3.
+        rollout, begin, end: (K,) int64, where the span is, in tokens of the packed layout.
+        pairs: how many span pairs were skipped, abandoned and solved.
+    """
+
+    distance: Tensor
+    nearest: Tensor
+    residual: Tensor
+    iterations: Tensor
+    rollout: Tensor
+    begin: Tensor
+    end: Tensor
+    pairs: PairCounts
+
+
+class SinkhornResult(NamedTuple):
+    """Solution of a batch of problems.
+
+    Attributes:
+        value: (B,) float32, sharp transport cost <P, C> (POT's ``value_linear``), corrected for the
+            marginal error left and never below the certified bounds on W1.
+        residual: (B,) float32, L1 marginal error.
+        iterations: (B,) int32.
+        converged: (B,) bool, False where n_iters stopped it.
+    """
+
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+    converged: Tensor
+
+
+class Plan(NamedTuple):
+    """What a call will cost: counts, and the peak of memory beyond inputs and outputs in bytes."""
+
+    spans: int
+    mixed_groups: int
+    pairs: int
+    token_pairs: int
+    chunks: int
+    workspace_bytes: int
+
+
+class _Call(NamedTuple):
+    packed: Packed
+    group_ids: Tensor
+    labels: Tensor
+    backend: str
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.packed.hidden, self.packed.cu_seqlens, self.group_ids, self.labels
+
+
+def _prepare(
+    hidden: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    group_ids: Integers,
+    labels: Integers,
+    config: SpanConfig,
+    backend: str | None,
+) -> _Call:
+    _check_config(config)
+    packed = pack(hidden, cu_seqlens, mask)
+    batch = packed.cu_seqlens.shape[0] - 1
+    call = _Call(
+        packed,
+        as_integers("group_ids", group_ids, batch),
+        as_integers("labels", labels, batch),
+        backends.choose(backend, hidden.device, config.distance),
+    )
+    if call.backend == "reference":
+        _check_values(call, config)
+    return call
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, SpanConfig):
+        raise TypeError(f"config must be a SpanConfig, got {type(config).__name__}")
+
+
+def _check_values(call: _Call, config: SpanConfig) -> None:
+    """Give the reference the checks that the compiled backends make in csrc/problem.cpp."""
+    hidden, offsets, group_ids, labels = call.tensors()
+    _C.plan(
+        offsets.tolist(), group_ids.tolist(), labels.tolist(),
+        tokens=hidden.shape[0], dim=hidden.shape[1], span=config.span, stride=config.stride,
+        distance=0, threads=1,
+    )  # fmt: skip
+
+
+def span_weights(
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    group_ids: Integers,
+    labels: Integers,
+    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    backend: str | None = None,
+) -> Tensor:
+    """Token weights of SHEAR (arXiv 2604.23318, Eq. 2-4, Steps 1-3). Not differentiable.
+
+    Args:
+        hidden: last-layer hidden states, (N, d) packed or (B, T, d) padded; float32, float16 or
+            bfloat16.
+        cu_seqlens: (B + 1,) int32 or int64, offsets of the rollouts in the packed layout.
+        mask: (B, T) bool or 0/1, 1 where a padded token is valid; may have holes.
+        group_ids: (B,) integers: rollouts of one prompt share an id. Any values, any order.
+        labels: (B,) 1 correct, 0 incorrect, -1 ignored (see labels_from_rewards).
+        config: parameters of the method.
+        backend: None (automatic), "cpu" or "reference" (float64, any device, slow).
+
+    Returns:
+        float32 weights, (N,) or (B, T) with 1.0 where masked. Rollouts without an opposing set,
+        and ignored ones, have weight 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value wanted.
+    """
+    call = _prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
+    if call.backend == "reference":
+        weights = reference.span_weights(*call.tensors(), **asdict(config)).float()
+    else:
+        weights = torch.ops.shear.span_weights(*call.tensors(), **config.op_arguments())
+    return call.packed.restore(weights, fill=1.0)
+
+
+def weighted_advantages(
+    advantages: Tensor,
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    group_ids: Integers,
+    labels: Integers,
+    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    backend: str | None = None,
+) -> Tensor:
+    """Advantages times token weights (Step 4): the sign of an advantage never changes.
+
+    Args:
+        advantages: (B,), one per rollout, floating point.
+        hidden, cu_seqlens, mask, group_ids, labels, config, backend: as in span_weights.
+
+    Returns:
+        (N,) or (B, T), in the wider of advantages' dtype and float32; where the weight is 1 (one
+        class in the group, ignored, masked) the advantage as it is.
+    """
+    if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
+        seen = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
+        raise TypeError(f"advantages must be a floating-point tensor, got {seen}")
+    weights = span_weights(
+        hidden,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        group_ids=group_ids,
+        labels=labels,
+        config=config,
+        backend=backend,
+    )
+    batch = weights.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if advantages.shape != (batch,):
+        raise ValueError(
+            f"advantages must have shape ({batch},), one per rollout, "
+            f"got {tuple(advantages.shape)}"
+        )
+    if advantages.device != weights.device:
+        raise ValueError(
+            f"advantages must be on hidden's device {weights.device}, got {advantages.device}"
+        )
+    if cu_seqlens is None:
+        return advantages[:, None] * weights
+    lengths = cu_seqlens.diff().to(advantages.device)
+    return advantages.repeat_interleave(lengths, output_size=weights.shape[0]) * weights
+
+
+def span_distances(
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    group_ids: Integers,
+    labels: Integers,
+    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    backend: str | None = None,
+    prune: bool = True,
+) -> SpanDistances:
+    """Distance of every span to its nearest span in the opposing set, with diagnostics.
+
+    Args:
+        hidden, cu_seqlens, mask, group_ids, labels, config, backend: as in span_weights.
+        prune: skip span pairs whose bound shows that they cannot be nearest to either span. The
+            result is bitwise the same without; only the counts differ.
+
+    Returns:
+        SpanDistances; positions refer to the packed layout (valid tokens, rollout by rollout).
+
+    Raises:
+        TypeError, ValueError: as span_weights.
+    """
+    call = _prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
+    if call.backend == "reference":
+        return _reference_distances(call, config)
+    distance, nearest, residual, iterations, spans, pairs = torch.ops.shear.span_distances(
+        *call.tensors(), **config.op_arguments(), prune=prune
+    )
+    counts = PairCounts(*(int(n) for n in pairs.tolist()))
+    return SpanDistances(distance, nearest, residual, iterations, *spans.unbind(1), pairs=counts)
+
+
+def _reference_distances(call: _Call, config: SpanConfig) -> SpanDistances:
+    found = reference.span_distances(*call.tensors(), **asdict(config))
+    return SpanDistances(
+        found.distance.float(), found.nearest, found.residual.float(), found.iterations.int(),
+        found.rollout, found.begin, found.end, PairCounts(*found.pairs),
+    )  # fmt: skip
+
+
+def pair_distances(
+    x: Tensor, y: Tensor, *, config: SpanConfig = SpanConfig(), backend: str | None = None  # noqa: B008
+) -> Tensor:
+    """Span distances of all spans of one rollout to all spans of another (the paper's Fig. 11).
+
+    Args:
+        x, y: hidden states (T1, d) and (T2, d) of two rollouts, one dtype.
+        config: parameters; the mean norm in which reg counts is that of both rollouts together.
+        backend: as in span_weights.
+
+    Returns:
+        (K1, K2) float32, in units of a token cost: not divided by the mean norm.
+
+    Raises:
+        TypeError, ValueError: as span_weights.
+    """
+    _check_config(config)
+    check_states("x", x, (2,))
+    check_states("y", y, (2,))
+    if x.dtype != y.dtype or x.shape[1] != y.shape[1] or x.device != y.device:
+        raise ValueError(
+            f"y must have x's dtype, d and device ({x.dtype}, {x.shape[1]}, {x.device}), "
+            f"got ({y.dtype}, {y.shape[1]}, {y.device})"
+        )
+    if backends.choose(backend, x.device, config.distance) == "reference":
+        return reference.pair_distances(x, y, **asdict(config)).float()
+    return torch.ops.shear.pair_distances(x, y, **config.op_arguments())  # type: ignore[no-any-return]
+
+
+def sinkhorn(
+    cost: Tensor | None = None,
+    *,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+    reg: float,
+    n_iters: int = 100,
+    tol: float = 5e-3,
+    n_rows: Integers | None = None,
+    n_cols: Integers | None = None,
+) -> SinkhornResult:
+    """Entropic optimal transport between uniform measures, for a batch of small problems.
+
+    Each problem stops by itself, so a slow one costs the others nothing. Not differentiable.
+
+    Args:
+        cost: (B, n, m) or (n, m) costs of any sign; float32, float16 or bfloat16, computed in
+            float32. (For float64 use shear_ops.reference.sinkhorn.)
+        x, y: instead of cost, points (B, n, d) and (B, m, d); the cost is their Euclidean distance.
+        reg: entropic regularisation, in units of the cost (as in POT).
+        n_iters: most iterations. tol: as in SpanConfig.
+        n_rows, n_cols: (B,) rows and columns in use of each problem, for ragged batches.
+
+    Returns:
+        SinkhornResult; 0-d tensors for a 2-d cost.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value wanted.
+    """
+    check_reg(reg)
+    check_tol(tol)
+    check_count("n_iters", n_iters)
+    if (cost is None) == (x is None or y is None) or (x is None) != (y is None):
+        raise ValueError("give either cost, or both x and y")
+    if cost is None:
+        cost = _euclidean(check_states("x", x, (3,)), check_states("y", y, (3,)))
+    check_states("cost", cost, (2, 3))
+    if cost.device.type != "cpu":
+        raise ValueError(f"cost must be on the CPU in this version, got {cost.device}")
+    batch = cost[None] if cost.dim() == 2 else cost
+    if batch.shape[1] < 1:
+        raise ValueError(f"cost must have at least one row, got shape {tuple(cost.shape)}")
+    lengths = [
+        None if given is None else as_integers(name, given, batch.shape[0])
+        for name, given in (("n_rows", n_rows), ("n_cols", n_cols))
+    ]
+    for name, given, size in zip(("n_rows", "n_cols"), lengths, batch.shape[1:], strict=True):
+        if given is not None and bool(((given < 1) | (given > size)).any()):
+            raise ValueError(f"{name} must be in [1, {size}], got {given.tolist()}")
+    if not bool(batch.isfinite().all()):
+        raise ValueError("cost must be finite, got NaN or Inf")
+    value, residual, iterations = torch.ops.shear.sinkhorn(
+        batch.float(), *lengths, reg=reg, n_iters=n_iters, tol=tol
+    )
+    result = SinkhornResult(value, residual, iterations, iterations < n_iters)
+    return SinkhornResult(*(t[0] for t in result)) if cost.dim() == 2 else result
+
+
+def _euclidean(x: Tensor, y: Tensor) -> Tensor:
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+        raise ValueError(
+            f"y must have x's batch and dimension ({x.shape[0]}, m, {x.shape[2]}), "
+            f"got {tuple(y.shape)}"
+        )
+    # not the Gram form: it loses the small costs of near-duplicates to cancellation
+    return torch.cdist(x.float(), y.float(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
+    """Labels of rollouts from their rewards.
+
+    Args:
+        rewards: (B,) numbers.
+        threshold: a rollout is correct if its reward is at least this.
+
+    Returns:
+        (B,) int8: 1 correct, 0 incorrect, -1 where the reward is NaN (unscorable).
+    """
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must be 1-d, got shape {tuple(rewards.shape)}")
+    labels = (rewards >= threshold).to(torch.int8)
+    return labels.masked_fill(rewards.isnan(), -1)
+
+
+def plan(
+    cu_seqlens: Integers,
+    *,
+    group_ids: Integers,
+    labels: Integers,
+    dim: int,
+    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    threads: int | None = None,
+) -> Plan:
+    """What span_weights will do on the CPU and allocate, without doing it.
+
+    Args:
+        cu_seqlens, group_ids, labels, config: as in span_weights.
+        dim: hidden dimension d.
+        threads: default torch.get_num_threads(); each has scratch of its own.
+
+    Raises:
+        TypeError, ValueError: as span_weights.
+    """
+    _check_config(config)
+    check_count("dim", dim)
+    backends.choose("cpu", torch.device("cpu"), config.distance)
+    offsets = as_integers("cu_seqlens", cu_seqlens)
+    counts: dict[str, Any] = _C.plan(
+        offsets.tolist(),
+        as_integers("group_ids", group_ids).tolist(),
+        as_integers("labels", labels).tolist(),
+        tokens=int(offsets[-1]) if offsets.shape[0] else 0,
+        dim=dim,
+        span=config.span,
+        stride=config.stride,
+        distance=CHOICES["distance"].index(config.distance),
+        threads=torch.get_num_threads() if threads is None else threads,
+    )
+    return Plan(**counts)

@@ -1,0 +1,106 @@
+"""SpanConfig: every parameter of the method, with the paper's defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+# The position of a name is its enumerator in csrc/problem.h.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "reg_unit": ("mean_norm", "cost"),
+    "distance": ("sinkhorn", "chamfer", "mmd", "cosine", "exact"),
+    "normalization": ("group", "rollout"),
+    "pooling": ("max", "mean"),
+    "aggregation": ("min", "mean"),
+}
+
+
+@dataclass(frozen=True)
+class SpanConfig:
+    """Parameters of SHEAR (arXiv 2604.23318). Immutable; every field is checked on construction.
+
+    Args:
+        span: tokens per span (paper: 100).
+        stride: tokens from one span to the next, 1 <= stride <= span (paper: 25).
+        reg: entropic regularisation eps, in the unit of ``reg_unit``. Checked against float64
+            from 0.005 to 0.5 of the mean norm.
+        reg_unit: ``"mean_norm"``: eps = reg * mean norm of the group, so that weights do not
+            change when hidden states are rescaled; ``"cost"``: eps = reg (paper: about 4.5).
+        n_iters: most Sinkhorn iterations per span pair.
+        tol: stop a span pair when the L1 error of its marginal is at most this, or less where
+            eps * log(tokens) exceeds a fifth of the distance: the default keeps span distances
+            within 2e-3 of the converged ones.
+        distance: between two spans. ``"sinkhorn"``: sharp transport cost of the entropic plan,
+            corrected for the marginal error left, never below the certified bounds on W1;
+            ``"chamfer"``: (R + Q) / 2, the mean of both directed nearest-token costs; ``"mmd"``:
+            sigma times the RBF maximum mean discrepancy, sigma = mean norm of the group;
+            ``"cosine"``: mean norm * (1 - cos of the span means); ``"exact"``: W1 by linear
+            programming (reference backend only, needs POT).
+        normalization: distances are divided by the mean norm of the ``"group"`` or ``"rollout"``.
+        pooling: of the spans that cover a token, ``"max"`` or ``"mean"``.
+        aggregation: over the spans of the opposing set, ``"min"`` or ``"mean"``.
+        check_finite: raise ValueError on NaN or Inf in hidden. Without, a group that has one gets
+            NaN weights.
+
+    Raises:
+        TypeError, ValueError: naming the field, the value seen and the value wanted.
+    """
+
+    span: int = 100
+    stride: int = 25
+    reg: float = 0.03
+    reg_unit: str = "mean_norm"
+    n_iters: int = 100
+    tol: float = 5e-3
+    distance: str = "sinkhorn"
+    normalization: str = "group"
+    pooling: str = "max"
+    aggregation: str = "min"
+    check_finite: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("span", "stride", "n_iters"):
+            check_count(name, getattr(self, name))
+        if self.stride > self.span:
+            raise ValueError(f"stride must be at most span ({self.span}), got {self.stride}")
+        check_reg(self.reg)
+        check_tol(self.tol)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(repr(c) for c in choices)
+                raise ValueError(f"{name} must be one of {wanted}, got {getattr(self, name)!r}")
+        if not isinstance(self.check_finite, bool):
+            raise TypeError(f"check_finite must be a bool, got {self.check_finite!r}")
+
+    def op_arguments(self) -> dict[str, int | float | bool]:
+        """Return the keyword arguments of torch.ops.shear: names become enumerators."""
+        values = asdict(self)
+        return {
+            f.name: CHOICES[f.name].index(values[f.name]) if f.name in CHOICES else values[f.name]
+            for f in fields(self)
+        }
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless value is an int in [1, 2^31)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be in [1, 2^31), got {value}")
+
+
+def check_reg(reg: object) -> None:
+    """Raise unless reg is a positive finite number."""
+    if isinstance(reg, bool) or not isinstance(reg, (int, float)):
+        raise TypeError(f"reg must be a number, got {reg!r}")
+    if not (math.isfinite(reg) and reg > 0):
+        raise ValueError(f"reg must be positive and finite, got {reg}")
+
+
+def check_tol(tol: object) -> None:
+    """Raise unless tol is a non-negative finite number."""
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"tol must be a number, got {tol!r}")
+    if not (math.isfinite(tol) and tol >= 0):
+        raise ValueError(f"tol must be non-negative and finite, got {tol}")

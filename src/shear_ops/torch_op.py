@@ -1,0 +1,67 @@
+"""torch.ops.shear beyond its kernels: fake tensors for torch.compile, and no gradients.
+
+Importing _C defines the operators (csrc/ops.cpp) and registers the CPU kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import get_ctx, register_autograd, register_fake
+
+from . import _C  # noqa: F401
+
+
+@register_fake("shear::span_weights")
+def _(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
+
+
+@register_fake("shear::span_distances")
+def _(hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    spans = get_ctx().new_dynamic_size()  # depends on the lengths, which are data
+    return (
+        hidden.new_empty((spans,), dtype=torch.float32),
+        hidden.new_empty((spans,), dtype=torch.int64),
+        hidden.new_empty((spans,), dtype=torch.float32),
+        hidden.new_empty((spans,), dtype=torch.int32),
+        hidden.new_empty((spans, 3), dtype=torch.int64),
+        hidden.new_empty((5,), dtype=torch.int64),
+    )
+
+
+@register_fake("shear::pair_distances")
+def _(x: Tensor, y: Tensor, *, span: int = 100, stride: int = 25, **kwargs: Any) -> Tensor:
+    def spans(tokens: int) -> int:
+        if tokens == 0:
+            return 0
+        return 1 if tokens <= span else (tokens - span + stride - 1) // stride + 1
+
+    return x.new_empty((spans(x.shape[0]), spans(y.shape[0])), dtype=torch.float32)
+
+
+@register_fake("shear::sinkhorn")
+def _(cost: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch = cost.shape[:1]
+    value = cost.new_empty(batch, dtype=torch.float32)
+    return value, torch.empty_like(value), torch.empty_like(value, dtype=torch.int32)
+
+
+def _mark_non_differentiable(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+
+def _no_gradients(ctx: Any, *grads: Any) -> tuple[None, ...]:
+    return (None,) * ctx.inputs
+
+
+# Without this the outputs claim requires_grad=True, backward() gives None, and opcheck still passes.
+for _name in ("span_weights", "span_distances", "pair_distances", "sinkhorn"):
+    register_autograd(
+        f"shear::{_name}", _no_gradients, setup_context=_mark_non_differentiable
+    )

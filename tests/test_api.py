@@ -1,0 +1,299 @@
+"""The public functions: layouts, invariances, and every error by its text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
+
+import shear_ops
+from shear_ops import SpanConfig, backends
+
+config = SpanConfig(**CONFIG)
+
+
+def weights_of(**given: Any) -> torch.Tensor:
+    return shear_ops.span_weights(**{"config": config, **given})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_padded_equals_packed(backend: str, holes: bool) -> None:
+    packed = arguments()
+    wanted = weights_of(**packed, backend=backend)
+    assert wanted.std() > 0.01
+    given = padded(packed, holes)
+    seen = weights_of(**given, backend=backend)
+    assert seen.dtype == torch.float32
+    assert torch.equal(seen[given["mask"]], wanted)
+    assert (seen[~given["mask"]] == 1).all()
+    assert torch.equal(weights_of(**{**given, "mask": given["mask"].long()}, backend=backend), seen)
+
+
+def test_weighted_advantages() -> None:
+    packed = arguments()
+    weights = weights_of(**packed)
+    advantages = torch.tensor([1.5, -0.5, -2.0, 1.0, -0.0], dtype=torch.float64)
+    seen = shear_ops.weighted_advantages(advantages, **packed, config=config)
+    wanted = advantages.repeat_interleave(torch.tensor(LENGTHS)) * weights
+    assert seen.dtype == torch.float64
+    assert torch.equal(seen, wanted)
+    given = padded(packed, holes=True)
+    rows = shear_ops.weighted_advantages(advantages, **given, config=config)
+    assert torch.equal(rows[given["mask"]], wanted)
+    assert torch.equal(rows[~given["mask"]], advantages[:, None].expand_as(rows)[~given["mask"]])
+
+
+@pytest.mark.parametrize("label", [1, 0, -1])
+def test_uniform_groups_leave_advantages_bit_identical(label: int) -> None:
+    given = {**arguments(), "labels": torch.full((5,), label)}
+    advantages = torch.randn(5)
+    seen = shear_ops.weighted_advantages(advantages, **given, config=config)
+    assert torch.equal(seen, advantages.repeat_interleave(torch.tensor(LENGTHS)))
+
+
+def test_order_and_packing_change_nothing() -> None:
+    """Rollouts in another order, next to other groups and ignored rollouts, keep their weights."""
+    given = arguments()
+    pieces = dict(enumerate(zip(
+        given["hidden"].split(LENGTHS), weights_of(**given).split(LENGTHS),
+        given["group_ids"].tolist(), given["labels"].tolist(), strict=True,
+    )))  # fmt: skip
+    extra = torch.randn(30, 12) * 3
+    order = [3, 4, 1, 0, 2]
+    rows = [pieces[i][0] for i in order]
+    hidden = torch.cat([extra, *rows, extra])
+    lengths = [30, *(len(r) for r in rows), 30]
+    seen = weights_of(
+        hidden=hidden,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        group_ids=torch.tensor([-5, *(pieces[i][2] for i in order), 7]),
+        labels=torch.tensor([1, *(pieces[i][3] for i in order), -1]),
+    )
+    parts = seen.split(lengths)
+    for part, i in zip(parts[1:-1], order, strict=True):
+        torch.testing.assert_close(part, pieces[i][1], rtol=1e-6, atol=0)
+    assert (parts[0] == 1).all()
+    assert (parts[-1] == 1).all()
+
+
+def test_threads_and_pruning_change_no_bit(two_threads: None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    given = {
+        "hidden": torch.randn(600, 40, generator=generator) + torch.randn(40, generator=generator),
+        "cu_seqlens": torch.arange(7) * 100,
+        "group_ids": torch.tensor([0, 0, 0, 0, 1, 1]),
+        "labels": torch.tensor([1, 0, 0, 1, 1, 0]),
+    }
+    settings = SpanConfig(span=20, stride=4)
+    wanted = shear_ops.span_distances(**given, config=settings, prune=False)
+    assert wanted.pairs.solved == wanted.pairs.total
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for prune in (False, True):
+            seen = shear_ops.span_distances(**given, config=settings, prune=prune)
+            for name in ("distance", "nearest", "residual", "iterations"):
+                assert torch.equal(getattr(seen, name), getattr(wanted, name)), name
+    assert seen.pairs.bounded + seen.pairs.abandoned + seen.pairs.solved == seen.pairs.total
+    assert seen.pairs.solved < seen.pairs.total
+
+
+def test_span_distances_says_where_spans_are_and_where_it_stopped() -> None:
+    given = arguments()
+    seen = shear_ops.span_distances(**given, config=SpanConfig(**CONFIG, n_iters=1, tol=0.0))
+    assert seen.begin[seen.rollout == 0].tolist() == [0, 5, 10, 15, 20, 25]
+    assert seen.end[seen.rollout == 0].tolist() == [16, 21, 26, 31, 36, 37]
+    assert 1 not in seen.rollout
+    alone = seen.rollout == 4  # group 9 has one rollout
+    assert (seen.nearest[alone] == -1).all()
+    assert seen.distance[alone].isinf().all()
+    assert (seen.iterations[~alone] == 1).all()
+    assert (seen.residual[~alone] > 0).all()
+    assert seen.pairs.stopped == seen.pairs.solved > 0
+    opposing = seen.rollout[seen.nearest[~alone]]
+    labels = given["labels"]
+    assert (labels[opposing] != labels[seen.rollout[~alone]]).all()
+
+
+def test_pair_distances_holds_the_minima_of_span_distances() -> None:
+    x, y = torch.randn(50, 8), torch.randn(33, 8)
+    matrix = shear_ops.pair_distances(x, y, config=config)
+    found = shear_ops.span_distances(
+        torch.cat([x, y]), cu_seqlens=torch.tensor([0, 50, 83]), group_ids=[0, 0], labels=[1, 0],
+        config=config,
+    )  # fmt: skip
+    assert matrix.shape == (8, 5)
+    assert torch.equal(torch.cat([matrix.amin(1), matrix.amin(0)]), found.distance)
+    assert torch.equal(matrix.argmin(1) + 8, found.nearest[:8])
+
+
+def test_labels_from_rewards() -> None:
+    rewards = torch.tensor([1.0, 0.5, 0.49, -3.0, torch.nan, torch.inf])
+    labels = shear_ops.labels_from_rewards(rewards)
+    assert labels.dtype == torch.int8
+    assert labels.tolist() == [1, 1, 0, 0, -1, 1]
+    assert shear_ops.labels_from_rewards(torch.tensor([2, 3]), threshold=3).tolist() == [0, 1]
+
+
+def test_without_the_finite_check_a_nan_poisons_its_group_only() -> None:
+    given = arguments()
+    given["group_ids"] = torch.tensor([7, 7, 7, 7, 9])
+    more = {
+        "hidden": torch.cat([given["hidden"], given["hidden"]]),
+        "cu_seqlens": torch.cat([given["cu_seqlens"], given["cu_seqlens"][1:] + 126]),
+        "group_ids": torch.cat([given["group_ids"], given["group_ids"] + 10]),
+        "labels": torch.cat([given["labels"], given["labels"]]),
+    }
+    more["hidden"][40, 3] = torch.nan
+    seen = weights_of(**more, config=SpanConfig(**CONFIG, check_finite=False))
+    assert seen[:106].isnan().all()
+    assert torch.equal(seen[126:], weights_of(**given))
+
+
+GOOD = arguments()
+H, B = GOOD["hidden"], 5
+HALF = SpanConfig(span=4, stride=2)
+ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (ValueError, "hidden must be finite.*token 3", {"hidden": H.index_fill(0, torch.tensor(3), torch.nan)}),
+    (ValueError, "hidden must be finite.*token 9", {"hidden": H.index_fill(0, torch.tensor(9), torch.inf)}),
+    (ValueError, "hidden must be finite.*token 1", {"hidden": H.index_fill(0, torch.tensor(1), 1e30)}),
+    (ValueError, "hidden must be finite", {"hidden": H.half() / 0}),
+    (TypeError, "hidden must be float32, float16 or bfloat16, got torch.float64", {"hidden": H.double()}),
+    (TypeError, "hidden must be float32, float16 or bfloat16, got torch.int64", {"hidden": H.long()}),
+    (TypeError, "hidden must be a torch.Tensor, got ndarray", {"hidden": H.numpy()}),
+    (TypeError, "hidden must be a dense", {"hidden": H.to_sparse()}),
+    (ValueError, "hidden must be 2-d or 3-d, got shape", {"hidden": H[0]}),
+    (ValueError, "hidden must have at least one dimension", {"hidden": H[:, :0]}),
+    (ValueError, "hidden is on meta", {"hidden": H.to("meta")}),
+    (ValueError, "give cu_seqlens and no mask", {"cu_seqlens": None}),
+    (ValueError, "give mask .* and no cu_seqlens", {"hidden": H[None]}),
+    (TypeError, "cu_seqlens must be integer or bool, got torch.float32", {"cu_seqlens": GOOD["cu_seqlens"].float()}),
+    (TypeError, "cu_seqlens must be int32 or int64, got torch.int8", {"cu_seqlens": GOOD["cu_seqlens"].to(torch.int8)}),
+    (ValueError, "cu_seqlens must be 1-d", {"cu_seqlens": GOOD["cu_seqlens"][None]}),
+    (ValueError, "cu_seqlens must have at least one entry", {"cu_seqlens": torch.zeros(0, dtype=torch.int64)}),
+    (ValueError, "cu_seqlens must start at 0, got 1", {"cu_seqlens": [1, 37, 37, 42, 106, 126]}),
+    (ValueError, "cu_seqlens must not decrease, got 37 before 30 at entry 2", {"cu_seqlens": [0, 37, 30, 42, 106, 126]}),
+    (ValueError, "cu_seqlens must end at the number of tokens, 126, got 127", {"cu_seqlens": [0, 37, 37, 42, 106, 127]}),
+    (ValueError, "cu_seqlens must end at the number of tokens, 126, got 120", {"cu_seqlens": [0, 37, 37, 42, 106, 120]}),
+    (ValueError, "group_ids must have 5 entries, got 4", {"group_ids": [7] * 4}),
+    (TypeError, "group_ids must be integer or bool, got torch.float32", {"group_ids": [7.0] * 5}),
+    (ValueError, "labels must have 5 entries, got 6", {"labels": [1] * 6}),
+    (TypeError, "labels must be integer.*labels_from_rewards", {"labels": torch.tensor([1.0, 0, 0, 1, 0])}),
+    (ValueError, "labels must be 1, 0 or -1, got 2 at entry 1", {"labels": [1, 2, 0, 1, 0]}),
+    (ValueError, "labels must be 1, 0 or -1, got -2 at entry 0", {"labels": [-2, 0, 0, 1, 0]}),
+    (TypeError, "config must be a SpanConfig, got dict", {"config": CONFIG}),
+    (ValueError, "backend must be one of cpu, cuda, triton, reference or None, got 'gpu'", {"backend": "gpu"}),
+    (ValueError, "backend 'triton' is not available", {"backend": "triton"}),
+    (ValueError, "distance 'exact' is not computed by backend 'cpu'", {"backend": "cpu", "config": SpanConfig(distance="exact")}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(("error", "message", "change"), ERRORS)
+def test_errors(
+    error: type[Exception], message: str, change: dict[str, Any], backend: str | None
+) -> None:
+    if backend and ("backend" in change or change.get("config") or "token" in message or "meta" in message):
+        pytest.skip("about the automatic backend")
+    if backend and "1e30" in str(change.get("hidden")):
+        pytest.skip("float64 has room for it")
+    with pytest.raises(error, match=message):
+        weights_of(**{**arguments(), "backend": backend, **change})
+    if "backend" not in change:
+        with pytest.raises(error, match=message):
+            shear_ops.span_distances(**{**arguments(), "backend": backend, "config": config, **change})
+
+
+MASK = torch.ones(5, 9, dtype=torch.bool)
+MASK_ERRORS: list[tuple[type[Exception], str, Any]] = [
+    (TypeError, "mask must be a torch.Tensor, got list", [[1]]),
+    (TypeError, "mask must be bool or integer, got torch.float32", MASK.float()),
+    (ValueError, r"mask must have hidden's first two dimensions \(5, 9\), got \(5, 8\)", MASK[:, :8]),
+    (ValueError, "mask must be 0 or 1 everywhere", MASK.long() * 2),
+    (ValueError, "mask must be on hidden's device cpu, got meta", MASK.to("meta")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "mask"), MASK_ERRORS)
+def test_mask_errors(error: type[Exception], message: str, mask: Any) -> None:
+    with pytest.raises(error, match=message):
+        weights_of(hidden=torch.randn(5, 9, 4), mask=mask, group_ids=[0] * 5, labels=[1, 0] * 2 + [1])
+
+
+CONFIG_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (ValueError, r"span must be in \[1, 2\^31\), got 0", {"span": 0}),
+    (TypeError, "span must be an int, got 10.0", {"span": 10.0}),
+    (TypeError, "stride must be an int, got True", {"stride": True}),
+    (ValueError, "stride must be at most span \\(4\\), got 5", {"span": 4, "stride": 5}),
+    (ValueError, "reg must be positive and finite, got 0", {"reg": 0}),
+    (ValueError, "reg must be positive and finite, got -0.1", {"reg": -0.1}),
+    (ValueError, "reg must be positive and finite, got nan", {"reg": float("nan")}),
+    (ValueError, "reg must be positive and finite, got inf", {"reg": float("inf")}),
+    (TypeError, "reg must be a number, got '0.1'", {"reg": "0.1"}),
+    (ValueError, "n_iters must be in", {"n_iters": 0}),
+    (ValueError, "tol must be non-negative and finite, got -1", {"tol": -1}),
+    (ValueError, "reg_unit must be one of 'mean_norm', 'cost', got 'raw'", {"reg_unit": "raw"}),
+    (ValueError, "distance must be one of 'sinkhorn', .*, got 'l2'", {"distance": "l2"}),
+    (ValueError, "normalization must be one of", {"normalization": "token"}),
+    (ValueError, "pooling must be one of", {"pooling": "sum"}),
+    (ValueError, "aggregation must be one of", {"aggregation": "median"}),
+    (TypeError, "check_finite must be a bool, got 1", {"check_finite": 1}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "fields"), CONFIG_ERRORS)
+def test_config_errors(error: type[Exception], message: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        SpanConfig(**fields)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        config.span = 3  # type: ignore[misc]
+
+
+COST = torch.rand(2, 3, 4)
+SINKHORN_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (ValueError, "give either cost, or both x and y", {"cost": None}),
+    (ValueError, "give either cost, or both x and y", {"x": torch.zeros(2, 3, 1)}),
+    (ValueError, "give either cost, or both x and y", {"cost": None, "x": torch.zeros(2, 3, 1)}),
+    (TypeError, "cost must be float32, float16 or bfloat16, got torch.float64", {"cost": COST.double()}),
+    (ValueError, "cost must be 2-d or 3-d", {"cost": COST[0, 0]}),
+    (ValueError, "cost must have at least one", {"cost": COST[:, :0]}),
+    (ValueError, "cost must have at least one", {"cost": COST[:, :, :0]}),
+    (ValueError, "cost must be finite, got NaN or Inf", {"cost": COST / 0}),
+    (ValueError, "cost must be on the CPU", {"cost": COST.to("meta")}),
+    (ValueError, "reg must be positive", {"reg": 0.0}),
+    (ValueError, r"n_rows must be in \[1, 3\], got \[1, 4\]", {"n_rows": [1, 4]}),
+    (ValueError, r"n_cols must be in \[1, 4\], got \[0, 4\]", {"n_cols": [0, 4]}),
+    (ValueError, "n_cols must have 2 entries, got 1", {"n_cols": [1]}),
+    (ValueError, "y must have x's batch and dimension", {"cost": None, "x": torch.zeros(2, 3, 1), "y": torch.zeros(2, 3, 2)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "change"), SINKHORN_ERRORS)
+def test_sinkhorn_errors(error: type[Exception], message: str, change: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        shear_ops.sinkhorn(**{"cost": COST, "reg": 0.1, **change})
+
+
+def test_other_errors() -> None:
+    with pytest.raises(ValueError, match=r"advantages must have shape \(5,\), .* got \(4,\)"):
+        shear_ops.weighted_advantages(torch.zeros(4), **arguments(), config=config)
+    with pytest.raises(TypeError, match=r"advantages must be a floating-point tensor, got torch.int64"):
+        shear_ops.weighted_advantages(torch.zeros(5).long(), **arguments(), config=config)
+    with pytest.raises(ValueError, match="y must have x's dtype, d and device"):
+        shear_ops.pair_distances(torch.zeros(3, 4), torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="rewards must be 1-d"):
+        shear_ops.labels_from_rewards(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="labels must be 1, 0 or -1, got 3"):
+        shear_ops.plan([0, 4, 8], group_ids=[0, 0], labels=[1, 3], dim=8)
+
+
+def test_every_backend_says_why_it_is_missing() -> None:
+    status = backends.status()
+    assert list(status) == ["cpu", "cuda", "triton", "reference"]
+    assert status["cpu"] is None
+    assert status["triton"]

@@ -1,0 +1,100 @@
+"""The compiled module: what it links, which symbols it needs, that every instruction set agrees."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rollouts_for_tests import CONFIG, arguments
+
+import shear_ops
+from shear_ops import SpanConfig, _C
+
+MODULE = Path(_C.__file__ or "")
+
+
+def tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_only_stable_abi_symbols() -> None:
+    undefined = tool("nm", "-D", "--undefined-only", str(MODULE))
+    assert "torch_parallel_for" in undefined
+    assert not re.findall(r"_ZN(?:K)?(?:2at|3c10|5torch)\S*", undefined)
+
+
+def test_links_torch_and_the_system_only() -> None:
+    dynamic = tool("readelf", "-d", str(MODULE))
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    assert "libtorch.so" in needed  # brings libtorch_cuda into scope on a CUDA build
+    system = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6",
+              "libm.so.6", "ld-linux-x86-64.so.2"}  # fmt: skip
+    assert needed <= system
+    assert "RUNPATH" not in dynamic
+    assert "RPATH" not in dynamic
+
+
+def test_no_build_path_in_the_binary() -> None:
+    content = MODULE.read_bytes()
+    for path in (Path(__file__).parents[1], Path(torch.__file__).parent):
+        assert str(path).encode() not in content
+
+
+def test_version_is_one() -> None:
+    from importlib.metadata import version
+
+    assert shear_ops.__version__ == version("shear_ops")
+    assert shear_ops.build_info()["torch_abi"] == "2.10"
+
+
+def test_operators_are_defined_once() -> None:
+    for name in ("span_weights", "span_distances", "pair_distances", "sinkhorn"):
+        assert getattr(torch.ops.shear, name).overloads() == ["default"]
+
+
+RUN = """
+import sys, torch, shear_ops
+sys.path.insert(0, sys.argv[1])
+from rollouts_for_tests import CONFIG, arguments
+seen = [shear_ops.span_weights(**arguments(dtype), config=shear_ops.SpanConfig(**CONFIG, distance=d))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for d in ("sinkhorn", "chamfer", "mmd", "cosine")]
+torch.save((shear_ops.cpu_isa(), seen), sys.argv[2])
+"""
+
+
+def run_with(isa: str, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(Path(__file__).parent), str(out)],
+        env={**os.environ, "SHEAR_ISA": isa}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", shear_ops.build_info()["instruction_sets"])
+def test_every_instruction_set_computes_the_same(isa: str, tmp_path: Path) -> None:
+    if not shear_ops.build_info()["instruction_sets"][isa]:
+        failed = run_with(isa, tmp_path / "out.pt")
+        assert f"SHEAR_ISA={isa}: this machine does not support it" in failed.stderr
+        pytest.skip(f"this machine has no {isa}")
+    done = run_with(isa, tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    name, weights = torch.load(tmp_path / "out.pt")
+    assert name == isa
+    seen = iter(weights)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for distance in ("sinkhorn", "chamfer", "mmd", "cosine"):
+            config = SpanConfig(**CONFIG, distance=distance)
+            wanted = shear_ops.span_weights(**arguments(dtype), config=config, backend="reference")
+            torch.testing.assert_close(next(seen), wanted, rtol=2e-3, atol=0)
+
+
+def test_unknown_instruction_set(tmp_path: Path) -> None:
+    assert "SHEAR_ISA must be one of" in run_with("sse9", tmp_path / "out.pt").stderr

@@ -1,0 +1,104 @@
+"""The plan of a call: what it counts, and that memory stays within it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from shear_ops import SpanConfig, plan
+
+GIB = 2**30
+
+
+def group(rollouts: int, tokens: int, dim: int, **config: object) -> tuple[int, ...]:
+    return plan(
+        [i * tokens for i in range(rollouts + 1)],
+        group_ids=[0] * rollouts,
+        labels=[i % 2 for i in range(rollouts)],
+        dim=dim,
+        config=SpanConfig(**config),  # type: ignore[arg-type]
+        threads=2,
+    )
+
+
+def test_paper_group() -> None:
+    seen = group(8, 3000, 3584)
+    assert (seen.spans, seen.mixed_groups, seen.pairs) == (8 * 117, 1, 219_024)
+    assert (seen.token_pairs, seen.chunks) == (12_000**2, 1)
+    assert 0.5 * GIB < seen.workspace_bytes < GIB
+
+
+@pytest.mark.parametrize("tokens", [1, 99, 100, 101, 3000, 8000, 32_768])
+@pytest.mark.parametrize("rollouts", [2, 8, 16])
+def test_workspace_is_bounded(tokens: int, rollouts: int) -> None:
+    seen = group(rollouts, tokens, 8192)
+    assert seen.workspace_bytes <= GIB
+    spans = 1 if tokens <= 100 else -(-(tokens - 100) // 25) + 1
+    assert seen.pairs == (rollouts // 2) ** 2 * spans**2
+    assert seen.token_pairs >= (rollouts // 2) ** 2 * tokens**2
+
+
+@pytest.mark.parametrize("stride", [1, 7, 100])
+def test_workspace_is_bounded_at_any_stride(stride: int) -> None:
+    seen = group(4, 8000, 64, stride=stride)
+    assert seen.workspace_bytes <= GIB
+    assert seen.chunks > 1
+
+
+def test_uniform_and_ignored_groups_cost_nothing() -> None:
+    seen = plan([0, 50, 99, 120, 150], group_ids=[1, 1, 2, 2], labels=[1, 1, 0, -1], dim=64)
+    assert (seen.mixed_groups, seen.pairs, seen.token_pairs, seen.chunks) == (0, 0, 0, 0)
+    assert seen.workspace_bytes < 4096
+    assert plan([0], group_ids=[], labels=[], dim=1).spans == 0
+
+
+def test_many_groups_share_chunks() -> None:
+    groups, tokens = 1000, 120
+    seen = plan(
+        [i * tokens for i in range(2 * groups + 1)],
+        group_ids=[i // 2 for i in range(2 * groups)],
+        labels=[1, 0] * groups,
+        dim=256,
+    )
+    assert (seen.mixed_groups, seen.pairs, seen.chunks) == (groups, 4 * groups, 1)
+
+
+MEASURE = """
+import json, sys, torch, shear_ops
+tokens, rollouts, stride = map(int, sys.argv[1:])
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+def call(tokens):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens * rollouts, 16, generator=generator)
+    given = dict(group_ids=[0] * rollouts, labels=[i % 2 for i in range(rollouts)])
+    cu_seqlens = torch.arange(rollouts + 1) * tokens
+    config = shear_ops.SpanConfig(stride=stride, distance="chamfer")
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    shear_ops.span_weights(hidden, cu_seqlens=cu_seqlens, config=config, **given)
+    after = resident("VmHWM")
+    plan = shear_ops.plan(cu_seqlens, dim=16, config=config, **given)
+    return {"bytes": after - before, **plan._asdict()}
+call(200)  # threads and lazy imports
+print(json.dumps(call(tokens)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("tokens", "rollouts", "stride"), [(8000, 4, 25), (8000, 2, 50), (3000, 2, 1)])
+def test_memory_of_a_call_stays_within_the_plan(tokens: int, rollouts: int, stride: int) -> None:
+    """A fresh process: its peak resident memory grows by no more than the plan's figure."""
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tokens), str(rollouts), str(stride)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    seen = json.loads(out.stdout)
+    slack = 16 * 2**20  # allocator and thread stacks
+    assert seen["bytes"] <= seen["workspace_bytes"] + slack
+    assert seen["bytes"] >= 0.5 * seen["workspace_bytes"], "the plan should not overstate either"

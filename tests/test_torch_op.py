@@ -1,0 +1,185 @@
+"""torch.ops.shear as a torch operator: schema, fake kernels, no gradients, one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rollouts_for_tests import CONFIG, arguments, padded
+from torch.library import opcheck
+
+import shear_ops
+from shear_ops import SpanConfig
+
+OPS = torch.ops.shear
+
+
+def op_arguments(**changes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple({**arguments(), **changes}.values())
+
+
+def permuted(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.t().contiguous().t()
+
+
+CASES: dict[str, dict[str, torch.Tensor]] = {
+    "fp32": {},
+    "bf16": {"hidden": arguments()["hidden"].bfloat16()},
+    "fp16": {"hidden": arguments()["hidden"].half()},
+    "permuted": {"hidden": permuted(arguments()["hidden"])},
+    "int32": {"cu_seqlens": arguments()["cu_seqlens"].int()},
+    "bool labels": {"labels": arguments()["labels"].bool()},
+    "one class": {"labels": torch.ones(5, dtype=torch.int64)},
+    "no tokens": {"hidden": torch.zeros(0, 4), "cu_seqlens": torch.zeros(6, dtype=torch.int64)},
+    "no rollouts": {
+        "hidden": torch.zeros(0, 4),
+        "cu_seqlens": torch.zeros(1, dtype=torch.int64),
+        "group_ids": torch.zeros(0, dtype=torch.int64),
+        "labels": torch.zeros(0, dtype=torch.int64),
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["span_weights", "span_distances"])
+def test_opcheck(name: str, case: str) -> None:
+    opcheck(getattr(OPS, name).default, op_arguments(**CASES[case]), CONFIG)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 40])
+def test_opcheck_pair_distances(dtype: torch.dtype, tokens: int) -> None:
+    x, y = torch.randn(tokens, 6).to(dtype), permuted(torch.randn(21, 6)).to(dtype)
+    opcheck(OPS.pair_distances.default, (x, y), CONFIG)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_opcheck_sinkhorn(batch: int) -> None:
+    cost = torch.rand(batch, 5, 7)
+    opcheck(OPS.sinkhorn.default, (cost,), {"reg": 0.1})
+    opcheck(OPS.sinkhorn.default, (cost.transpose(1, 2), torch.full((batch,), 2)), {"reg": 0.1})
+
+
+def test_schema_defaults_are_those_of_span_config() -> None:
+    wanted = SpanConfig().op_arguments()
+    for name in ("span_weights", "span_distances", "pair_distances"):
+        schema = getattr(OPS, name).default._schema
+        assert "str" not in {str(a.type) for a in schema.arguments}
+        seen = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
+        assert seen == {**wanted, "prune": True}
+    seen = {a.name: a.default_value for a in OPS.sinkhorn.default._schema.arguments}
+    assert (seen["n_iters"], seen["tol"]) == (wanted["n_iters"], wanted["tol"])
+
+
+def test_outputs_are_not_differentiable() -> None:
+    given = arguments()
+    given["hidden"].requires_grad_()
+    weights = shear_ops.span_weights(**given, config=SpanConfig(**CONFIG))
+    assert not weights.requires_grad
+    advantages = torch.ones(5, requires_grad=True)
+    shear_ops.weighted_advantages(advantages, **given, config=SpanConfig(**CONFIG)).sum().backward()
+    assert given["hidden"].grad is None
+    torch.testing.assert_close(
+        advantages.grad, torch.stack([w.sum() for w in weights.split(_lengths(given))])
+    )
+    distances = OPS.span_distances(*given.values(), **CONFIG)
+    matrix = OPS.pair_distances(given["hidden"][:30], given["hidden"][30:], **CONFIG)
+    solved = OPS.sinkhorn(torch.rand(2, 3, 4, requires_grad=True), reg=0.1)
+    assert not any(t.requires_grad for t in (*distances, matrix, *solved))
+
+
+def _lengths(given: dict[str, torch.Tensor]) -> list[int]:
+    return given["cu_seqlens"].diff().tolist()
+
+
+class CountGraphs:
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return module.forward
+
+
+def test_compile_makes_one_graph_for_all_lengths() -> None:
+    count = CountGraphs()
+    config = SpanConfig(**CONFIG)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def compiled(advantages: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
+        given["hidden"] = given["hidden"] * 2
+        return shear_ops.weighted_advantages(advantages, **given, config=config) + 1
+
+    for drop in (0, 7, 13):
+        given = arguments()
+        given["hidden"] = given["hidden"][: given["hidden"].shape[0] - drop].clone()
+        given["cu_seqlens"] = given["cu_seqlens"].clamp(max=given["hidden"].shape[0])
+        advantages = torch.linspace(-1, 1, 5)
+        wanted = shear_ops.weighted_advantages(advantages, **given, config=config) + 1
+        assert wanted.std() > 0.1
+        torch.testing.assert_close(compiled(advantages, **given), wanted)
+    assert count.graphs == 1
+
+
+def test_compile_padded_with_inductor() -> None:
+    given = padded(arguments(), holes=True)
+    config = SpanConfig(**CONFIG)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(
+            lambda **k: shear_ops.span_weights(**k, config=config) * 3, fullgraph=True, dynamic=True,
+            backend="aot_eager",
+        )  # fmt: skip
+        torch.testing.assert_close(
+            compiled(**given), shear_ops.span_weights(**given, config=config) * 3
+        )
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_inference_mode(context: Any) -> None:
+    given = arguments()
+    wanted = shear_ops.span_weights(**given, config=SpanConfig(**CONFIG))
+    with context():
+        assert torch.equal(shear_ops.span_weights(**given, config=SpanConfig(**CONFIG)), wanted)
+
+
+def test_autocast_changes_nothing() -> None:
+    given = arguments()
+    wanted = shear_ops.span_weights(**given, config=SpanConfig(**CONFIG))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = shear_ops.span_weights(**given, config=SpanConfig(**CONFIG))
+    assert seen.dtype == torch.float32
+    assert torch.equal(seen, wanted)
+
+
+def test_direct_calls_are_memory_safe() -> None:
+    """torch.ops.shear checks by itself whatever could read out of bounds."""
+    good = arguments()
+    bad: list[tuple[str, torch.Tensor, str]] = [
+        ("cu_seqlens", torch.tensor([0, 37, 37, 42, 106, 127]), "cu_seqlens must end at"),
+        ("cu_seqlens", torch.tensor([0, 37, 30, 42, 106, 126]), "cu_seqlens must not decrease"),
+        ("cu_seqlens", torch.tensor([1, 37, 37, 42, 106, 126]), "cu_seqlens must start at 0"),
+        ("cu_seqlens", good["cu_seqlens"][:-1], "cu_seqlens must have 6 entries"),
+        ("cu_seqlens", good["cu_seqlens"].float(), "cu_seqlens must be int64"),
+        ("group_ids", good["group_ids"][:2], "group_ids must have 5 entries"),
+        ("labels", torch.tensor([1, 0, 0, 2, 0]), "labels must be 1, 0 or -1, got 2 at entry 3"),
+        ("labels", torch.tensor([[1, 0]]), "labels must be a 1-d"),
+        ("hidden", good["hidden"].double(), "hidden must be float32"),
+        ("hidden", good["hidden"][None], "hidden must be a contiguous"),
+        ("hidden", good["hidden"][:, :0], "with dim >= 1"),
+    ]
+    for name, value, message in bad:
+        for op in (OPS.span_weights, OPS.span_distances):
+            with pytest.raises((RuntimeError, ValueError), match=message):
+                op(*{**good, name: value}.values())
+    options = {
+        "span": 0, "stride": 0, "reg": 0.0, "n_iters": 0, "tol": -1.0, "reg_unit": 2, "distance": 4,
+        "normalization": -1, "pooling": 2, "aggregation": 9,
+    }  # fmt: skip
+    for name, value in options.items():
+        with pytest.raises((RuntimeError, ValueError), match=f"{name} must be"):
+            OPS.span_weights(*good.values(), **{name: value})
+    with pytest.raises((RuntimeError, ValueError), match="x and y must have one dtype"):
+        OPS.pair_distances(torch.zeros(3, 4), torch.zeros(3, 5))
+    with pytest.raises((RuntimeError, ValueError), match="n_rows must be in"):
+        OPS.sinkhorn(torch.zeros(1, 2, 3), torch.tensor([3]), reg=1.0)
