@@ -5,7 +5,9 @@
 namespace shear {
 namespace {
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 int64_t tokens_of(const Problem& problem, int64_t span, int64_t spans) {
   return problem.spans[span + spans - 1].end - problem.spans[span].begin;
@@ -34,7 +36,8 @@ class Planner {
     for (int64_t col = incorrect.span_begin; col < incorrect.span_end;) {
       // one row span decides how many columns fit, then as many row spans as still fit
       const int64_t cols = fitting_spans(incorrect.span_end - col, [&](int64_t n) {
-        return block_bytes(tokens_of(problem_, correct.span_begin, 1), tokens_of(problem_, col, n), 1, n);
+        return block_bytes(tokens_of(problem_, correct.span_begin, 1), tokens_of(problem_, col, n),
+                           1, n);
       });
       for (int64_t row = correct.span_begin; row < correct.span_end;) {
         const int64_t rows = fitting_spans(correct.span_end - row, [&](int64_t n) {
@@ -50,12 +53,15 @@ class Planner {
   int64_t peak_bytes() const { return peak_bytes_; }
 
  private:
-  int64_t block_bytes(int64_t row_tokens, int64_t col_tokens, int64_t row_spans, int64_t col_spans) const {
-    const int64_t floats = needs_costs_ ? row_tokens * (round_up(col_tokens, kCostPad) + col_spans) : 0;
+  int64_t block_bytes(int64_t row_tokens, int64_t col_tokens, int64_t row_spans,
+                      int64_t col_spans) const {
+    const int64_t floats =
+        needs_costs_ ? row_tokens * (round_up(col_tokens, kCostPad) + col_spans) : 0;
     return 4 * floats + kBytesPerPair * row_spans * col_spans;
   }
 
-  void push(int64_t group, int64_t row_span, int64_t row_spans, int64_t col_span, int64_t col_spans) {
+  void push(int64_t group, int64_t row_span, int64_t row_spans, int64_t col_span,
+            int64_t col_spans) {
     Block block{};
     block.group = group;
     block.row_span = row_span;
@@ -125,10 +131,12 @@ Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_
 
   const auto spans = static_cast<int64_t>(problem.spans.size());
   const auto groups = static_cast<int64_t>(problem.groups.size());
-  const int64_t per_token = 2;                     // norm, centred squared norm
-  const int64_t per_span = cosine ? 20 + dim : 20;  // the span, what it found, its mean or self-similarity
-  plan.workspace_bytes = planner.peak_bytes() + 4 * (threads * plan.scratch_floats + per_token * problem.tokens +
-                                                     per_span * spans + groups * dim);
+  const int64_t per_token = 2;  // norm, centred squared norm
+  const int64_t per_span =
+      cosine ? 20 + dim : 20;  // the span, what it found, its mean or self-similarity
+  plan.workspace_bytes =
+      planner.peak_bytes() + 4 * (threads * plan.scratch_floats + per_token * problem.tokens +
+                                  per_span * spans + groups * dim);
   return plan;
 }
 

@@ -1,5 +1,6 @@
-// What a call will do and allocate, decided on the host before any work: blocks of token costs grouped into
-// chunks whose workspace fits a budget. Reachable from Python through shear_ops.plan().
+// What a call will do and allocate, decided on the host before any work: blocks of token costs
+// grouped into chunks whose workspace fits a budget. Reachable from Python through
+// shear_ops.plan().
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,7 +9,8 @@
 
 namespace shear {
 
-// Token costs of consecutive spans of a correct rollout (rows) against those of an incorrect one (columns).
+// Token costs of consecutive spans of a correct rollout (rows) against those of an incorrect one
+// (columns).
 struct Block {
   int64_t group;
   int64_t row_span, row_spans;  // first span, number of spans
@@ -40,7 +42,7 @@ struct Plan {
 
 constexpr int64_t kChunkBytes = int64_t{768} << 20;  // leaves room for scratch under 1 GiB
 constexpr int64_t kCostPad = 16;                     // floats: rows of costs start on a cache line
-constexpr int64_t kBytesPerPair = 16;                // value, residual, iterations, position in the queue
+constexpr int64_t kBytesPerPair = 16;  // value, residual, iterations, position in the queue
 
 Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads);
 

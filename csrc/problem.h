@@ -1,4 +1,5 @@
-// The arguments of one call as plain data: configuration, rollouts, groups and spans. No torch, no kernels.
+// The arguments of one call as plain data: configuration, rollouts, groups and spans. No torch, no
+// kernels.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -61,7 +62,8 @@ struct Problem {
 };
 
 // cu_seqlens has batch + 1 entries, group_ids and labels have batch entries (labels 1, 0 or -1).
-// Throws std::invalid_argument on offsets that decrease or do not end at `tokens`, and on other labels.
+// Throws std::invalid_argument on offsets that decrease or do not end at `tokens`, and on other
+// labels.
 Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                      const std::vector<int64_t>& labels, int64_t tokens, const Config& config);
 

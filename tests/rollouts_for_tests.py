@@ -27,7 +27,9 @@ def padded(packed: dict[str, torch.Tensor], holes: bool) -> dict[str, torch.Tens
     generator = torch.Generator().manual_seed(2)
     mask = torch.zeros(len(lengths), width, dtype=torch.bool)
     for i, length in enumerate(lengths):
-        where = torch.randperm(width, generator=generator)[:length] if holes else torch.arange(length)
+        where = (
+            torch.randperm(width, generator=generator)[:length] if holes else torch.arange(length)
+        )
         mask[i, where] = True
     hidden = packed["hidden"].new_full((*mask.shape, packed["hidden"].shape[1]), torch.nan)
     hidden[mask] = packed["hidden"]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
 
 import shear_ops
+from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
 from shear_ops import SpanConfig, backends
 
 config = SpanConfig(**CONFIG)
@@ -195,7 +195,9 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 def test_errors(
     error: type[Exception], message: str, change: dict[str, Any], backend: str | None
 ) -> None:
-    if backend and ("backend" in change or change.get("config") or "token" in message or "meta" in message):
+    if backend and (
+        "backend" in change or change.get("config") or "token" in message or "meta" in message
+    ):
         pytest.skip("about the automatic backend")
     if backend and "1e30" in str(change.get("hidden")):
         pytest.skip("float64 has room for it")
@@ -203,7 +205,9 @@ def test_errors(
         weights_of(**{**arguments(), "backend": backend, **change})
     if "backend" not in change:
         with pytest.raises(error, match=message):
-            shear_ops.span_distances(**{**arguments(), "backend": backend, "config": config, **change})
+            shear_ops.span_distances(
+                **{**arguments(), "backend": backend, "config": config, **change}
+            )
 
 
 MASK = torch.ones(5, 9, dtype=torch.bool)
@@ -219,7 +223,9 @@ MASK_ERRORS: list[tuple[type[Exception], str, Any]] = [
 @pytest.mark.parametrize(("error", "message", "mask"), MASK_ERRORS)
 def test_mask_errors(error: type[Exception], message: str, mask: Any) -> None:
     with pytest.raises(error, match=message):
-        weights_of(hidden=torch.randn(5, 9, 4), mask=mask, group_ids=[0] * 5, labels=[1, 0] * 2 + [1])
+        weights_of(
+            hidden=torch.randn(5, 9, 4), mask=mask, group_ids=[0] * 5, labels=[1, 0] * 2 + [1]
+        )
 
 
 CONFIG_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
@@ -282,7 +288,9 @@ def test_sinkhorn_errors(error: type[Exception], message: str, change: dict[str,
 def test_other_errors() -> None:
     with pytest.raises(ValueError, match=r"advantages must have shape \(5,\), .* got \(4,\)"):
         shear_ops.weighted_advantages(torch.zeros(4), **arguments(), config=config)
-    with pytest.raises(TypeError, match=r"advantages must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(
+        TypeError, match=r"advantages must be a floating-point tensor, got torch.int64"
+    ):
         shear_ops.weighted_advantages(torch.zeros(5).long(), **arguments(), config=config)
     with pytest.raises(ValueError, match="y must have x's dtype, d and device"):
         shear_ops.pair_distances(torch.zeros(3, 4), torch.zeros(3, 5))

@@ -3,134 +3,183 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
 import torch
-from problems import PROBLEMS, Problem
+from torch import Tensor
 
 import shear_ops
-from shear_ops import SpanConfig, backends, reference
+from problems import DTYPES, PROBLEMS, Problem
+from shear_ops import SpanConfig, SpanDistances, backends, reference
 
-# Relative error of a weight; below `floor`, in units of the weight that eps stands for, absolute.
+# Largest error of a span distance or weight, relative to the larger of the value and of `SCALE`
+# times the mean norm: near 0 an error is judged against what sets the resolution of the distance.
 TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "sinkhorn": {torch.float32: 2e-3, torch.bfloat16: 2e-3, torch.float16: 2e-3},
     "chamfer": {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4},
     "mmd": {torch.float32: 1e-3, torch.bfloat16: 1e-3, torch.float16: 1e-3},
     "cosine": {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4},
 }
-DTYPES = tuple(TOLERANCES["sinkhorn"])
+SCALE = {"chamfer": 1e-3, "mmd": 0.3, "cosine": 1e-3}  # sinkhorn: reg, or eps / mean norm
+
 BY_NAME = {p.name: p for p in PROBLEMS}
 COMPILED = [name for name, why in backends.status().items() if why is None and name != "reference"]
+CASES = [(p.name, dtype) for p in PROBLEMS for dtype in DTYPES if dtype in p.dtypes]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def converged(name: str, dtype: torch.dtype) -> reference.Distances:
+    """Span distances to 1e-6; the errors allowed above are a hundred times that and more."""
     problem = BY_NAME[name]
-    return reference.span_distances(*problem.arguments(dtype).values(), **spans_config(problem))
+    settings = {"tol": 1e-6, "n_iters": 20_000}
+    return reference.span_distances(
+        *problem.arguments(dtype).values(), **problem.config, **settings
+    )
 
 
-def spans_config(problem: Problem) -> dict[str, Any]:
-    return {k: v for k, v in problem.config.items() if k not in ("normalization", "pooling")}
+def mean_norms(given: dict[str, Tensor]) -> Tensor:
+    """Per rollout (B,): mean norm of the tokens of its group, over labels 0 and 1."""
+    norms = given["hidden"].double().norm(dim=1)
+    rollout = torch.arange(len(given["labels"])).repeat_interleave(given["cu_seqlens"].diff())
+    taking_part = given["labels"][rollout] >= 0
+    groups = given["group_ids"]
+    means = [float(norms[taking_part & (groups[rollout] == g)].mean()) for g in groups.tolist()]
+    return torch.tensor(means, dtype=torch.float64).nan_to_num(1.0)
 
 
-def test_table_is_large_and_not_vacuous() -> None:
-    assert len(PROBLEMS) >= 40
-    assert len(BY_NAME) == len(PROBLEMS)
-    varied = [p for p in PROBLEMS if converged(p.name, torch.float32).distance.isfinite().sum() > 1]
-    assert len(varied) >= 45
+def resolution(config: SpanConfig, mean_norm: Tensor) -> Tensor:
+    if config.distance != "sinkhorn":
+        return SCALE[config.distance] * mean_norm
+    eps = config.reg if config.reg_unit == "cost" else config.reg * mean_norm
+    return eps * torch.ones_like(mean_norm)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", BY_NAME)
+def test_table_is_large_and_varied() -> None:
+    assert len(BY_NAME) == len(PROBLEMS) >= 40
+    assert sum(shear_ops.plan(
+        p.cu_seqlens, group_ids=p.group_ids, labels=p.labels, dim=1,
+        config=SpanConfig(**{**p.config}),
+    ).pairs > 1 for p in PROBLEMS) >= 40  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("backend", COMPILED)
-def test_weights(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_against_float64(
+    backend: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = BY_NAME[name]
-    if not problem.fits(dtype):
-        pytest.skip(f"states are out of {dtype}'s range")
     config = SpanConfig(**problem.config)
     given = problem.arguments(dtype)
     found = shear_ops.span_distances(**given, config=config, backend=backend)
-    seen = shear_ops.span_weights(**given, config=config, backend=backend)
     wanted = converged(name, dtype)
-    _check_same_spans(found, wanted)
+    check_same_spans(found, wanted)
 
-    some = wanted.distance.isfinite()
-    stopped = found.iterations >= config.n_iters
-    if not problem.slow_mixing:
-        assert not stopped.any(), "only problems that mix slowly may stop at n_iters"
-    else:
-        assert stopped.any(), "a problem that mixes slowly must say that it was stopped"
-        assert found.pairs.stopped > 0
-    eps = config.reg * (wanted.mean_norm[wanted.rollout] if config.reg_unit == "mean_norm" else 1)
+    stopped = check_stops(problem, found, config)
+    norms = mean_norms(given)
     rtol = TOLERANCES[config.distance][dtype]
-    allowed = rtol * torch.maximum(wanted.distance, eps * torch.ones_like(wanted.distance))
+    some = (wanted.nearest >= 0) & ~stopped
+    allowed = rtol * torch.maximum(wanted.distance, resolution(config, norms)[wanted.rollout])
     error = (found.distance.double() - wanted.distance).abs()
-    assert (error <= allowed)[some & ~stopped].all(), (error / allowed)[some & ~stopped].max()
+    assert (error <= allowed)[some].all(), (error / allowed)[some].max()
 
+    # the reference need not solve the same problem twice
+    monkeypatch.setattr(reference, "span_distances", lambda *_, **__: wanted)
+    seen = shear_ops.span_weights(**given, config=config, backend=backend)
     exact = reference.span_weights(*given.values(), **problem.config)
     assert seen.dtype == torch.float32
-    tokens_ok = ~_touched_by(stopped & some, found, len(seen))
-    scale = eps.max().item() / wanted.mean_norm.nan_to_num(1).clamp(min=1e-30).max().item() \
-        if len(wanted.distance) else 0.0
-    floor = rtol * torch.maximum(exact, torch.full_like(exact, scale))
-    assert ((seen.double() - exact).abs() <= floor)[tokens_ok].all()
+    rollout = torch.arange(len(norms)).repeat_interleave(given["cu_seqlens"].diff())
+    floor = torch.ones_like(exact) * 1e-30
+    if len(norms):
+        divisor = norms if config.normalization == "group" else rollout_norms(given)
+        floor = (resolution(config, norms) / divisor).nan_to_num(0.0)[rollout]
+    sure = ~tokens_of(stopped, found, len(seen))
+    error = (seen.double() - exact).abs()
+    assert (error <= rtol * torch.maximum(exact, floor))[sure].all()
 
 
-def _check_same_spans(found: Any, wanted: reference.Distances) -> None:
+def rollout_norms(given: dict[str, Tensor]) -> Tensor:
+    rows = given["hidden"].double().split(given["cu_seqlens"].diff().tolist())
+    return torch.stack([r.norm(dim=1).mean() for r in rows]).nan_to_num(1.0)
+
+
+def check_same_spans(found: SpanDistances, wanted: reference.Distances) -> None:
     for field in ("rollout", "begin", "end"):
         assert torch.equal(getattr(found, field), getattr(wanted, field)), field
-    assert torch.equal(found.distance.isfinite(), wanted.distance.isfinite())
+    assert torch.equal(found.distance.isinf(), wanted.distance.isinf())
     assert torch.equal(found.nearest < 0, wanted.nearest < 0)
     assert found.pairs.total == wanted.pairs[0]
 
 
-def _touched_by(spans: torch.Tensor, found: Any, tokens: int) -> torch.Tensor:
+def check_stops(problem: Problem, found: SpanDistances, config: SpanConfig) -> Tensor:
+    """(K,) the spans stopped at n_iters: some where mixing is slow, else the exception."""
+    stopped = found.iterations >= config.n_iters
+    assert bool(found.pairs.stopped) >= bool(stopped.any())
+    if not problem.slow_mixing:
+        assert stopped.sum() <= 0.2 * len(stopped)
+    return stopped
+
+
+def tokens_of(spans: Tensor, found: SpanDistances, tokens: int) -> Tensor:
     out = torch.zeros(tokens, dtype=torch.bool)
     for begin, end in zip(found.begin[spans].tolist(), found.end[spans].tolist(), strict=True):
         out[begin:end] = True
     return out
 
 
+def test_slow_mixing_is_reported() -> None:
+    """Under-iterated, <P, C> of this pair is far below W1; the value is not, and says it stopped."""
+    problem = BY_NAME["two clusters"]
+    config = SpanConfig(**problem.config)
+    found = shear_ops.span_distances(**problem.arguments(), config=config)
+    some = found.nearest >= 0
+    assert (found.iterations[some] >= config.n_iters).any()
+    assert found.pairs.stopped > 0
+    wanted = converged(problem.name, torch.float32).distance
+    assert (found.distance[some] >= 0.5 * wanted[some]).all()
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("backend", COMPILED)
-def test_pruned_equals_unpruned_bitwise(backend: str, name: str, two_threads: None) -> None:
+def test_pruning_and_threads_change_no_bit(backend: str, name: str, two_threads: None) -> None:
     problem = BY_NAME[name]
-    given = problem.arguments(torch.float32)
-    config = SpanConfig(**problem.config)
-    pruned = shear_ops.span_distances(**given, config=config, backend=backend)
-    whole = shear_ops.span_distances(**given, config=config, backend=backend, prune=False)
+    call: Any = functools.partial(
+        shear_ops.span_distances, **problem.arguments(), config=SpanConfig(**problem.config),
+        backend=backend,
+    )  # fmt: skip
+    pruned, whole = call(), call(prune=False)
     torch.set_num_threads(1)
-    single = shear_ops.span_distances(**given, config=config, backend=backend)
-    for other in (whole, single):
+    for other in (whole, call(), call(prune=False)):
         for field in ("distance", "nearest", "residual", "iterations"):
             assert torch.equal(getattr(pruned, field), getattr(other, field)), field
 
 
-@pytest.mark.parametrize("name", [n for n in BY_NAME if BY_NAME[n].config.get("distance") is None])
+SINKHORN = [p.name for p in PROBLEMS if not {"distance", "aggregation"} & set(p.config)]
+
+
+@pytest.mark.parametrize("name", SINKHORN)
 def test_distance_is_within_its_bounds(name: str) -> None:
-    """max(R, Q) <= D, and D <= W1 + eps log(n) where it converged; W1 from linear programming."""
-    problem = BY_NAME[name]
-    if problem.config.get("aggregation") == "mean":
-        pytest.skip("a mean of distances is not one distance")
+    """max(R, Q) <= D always, and W1 <= D <= W1 + eps log(n) where it converged."""
     pytest.importorskip("ot", reason="W1 needs POT")
-    given = problem.arguments(torch.float32)
+    problem = BY_NAME[name]
+    given = problem.arguments()
     config = SpanConfig(**problem.config)
     found = shear_ops.span_distances(**given, config=config)
+    eps = resolution(config, mean_norms(given))
     for k in range(0, len(found.distance), 3):
-        if found.nearest[k] < 0:
-            continue
         other = int(found.nearest[k])
-        rows = given["hidden"][found.begin[k] : found.end[k]]
-        columns = given["hidden"][found.begin[other] : found.end[other]]
+        if other < 0:
+            continue
+        rows, columns = (
+            given["hidden"][found.begin[i] : found.end[i]].double() for i in (k, other)
+        )
         cost = reference.token_cost(rows, columns)[None]
-        slack = 1e-4 * float(cost.max()) + 1e-30
-        distance = float(found.distance[k])
-        assert distance >= float(reference.lower_bound(cost)) - slack
+        # float32 costs of float32 states, whatever their offset
+        slack = 1e-4 * float(cost.max()) + 1e-6 * float(rows.norm(dim=1).max())
+        distance, own_eps = float(found.distance[k]), float(eps[found.rollout[k]])
+        assert distance >= float(max(reference.bounds(cost))) - slack
         if found.iterations[k] < config.n_iters:
             w1 = float(reference.exact(cost))
-            n_bar = float(converged(name, torch.float32).mean_norm[found.rollout[k]])
-            eps = config.reg * (n_bar if config.reg_unit == "mean_norm" else 1)
-            slack += 2e-3 * max(distance, eps)
-            size = min(cost.shape[1:])
-            assert w1 - slack <= distance <= w1 + eps * torch.tensor(size).log().item() + slack
+            slack += 2e-3 * max(distance, own_eps)
+            assert w1 - slack <= distance <= w1 + own_eps * math.log(min(cost.shape[1:])) + slack

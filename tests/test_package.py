@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollouts_for_tests import CONFIG, arguments
 
 import shear_ops
-from shear_ops import SpanConfig, _C
+from rollouts_for_tests import CONFIG, arguments
+from shear_ops import _C, SpanConfig
 
 MODULE = Path(_C.__file__ or "")
 

@@ -91,7 +91,9 @@ print(json.dumps(call(tokens)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("tokens", "rollouts", "stride"), [(8000, 4, 25), (8000, 2, 50), (3000, 2, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "rollouts", "stride"), [(8000, 4, 25), (8000, 2, 50), (3000, 2, 1)]
+)
 def test_memory_of_a_call_stays_within_the_plan(tokens: int, rollouts: int, stride: int) -> None:
     """A fresh process: its peak resident memory grows by no more than the plan's figure."""
     out = subprocess.run(

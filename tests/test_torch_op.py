@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from rollouts_for_tests import CONFIG, arguments, padded
 from torch.library import opcheck
 
 import shear_ops
+from rollouts_for_tests import CONFIG, arguments, padded
 from shear_ops import SpanConfig
 
 OPS = torch.ops.shear

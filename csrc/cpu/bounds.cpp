@@ -1,5 +1,5 @@
-// Reductions of token costs over spans, from which the bounds R and Q of every span pair, chamfer and mmd are made:
-// R = mean over rows i of min_j C_ij, Q = mean over columns j of min_i C_ij.
+// Reductions of token costs over spans, from which the bounds R and Q of every span pair, chamfer
+// and mmd are made: R = mean over rows i of min_j C_ij, Q = mean over columns j of min_i C_ij.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -12,7 +12,8 @@ void window_min(const float* row, const Window* windows, int64_t count, float* o
     Vec lowest = load_first(values, size, __builtin_inff());
     int64_t j = kWidth;
     for (; j + kWidth <= size; j += kWidth) lowest = min(lowest, load(values + j));
-    if (j < size) lowest = min(lowest, load(values + size - kWidth));  // overlaps: the minimum does not mind
+    if (j < size)
+      lowest = min(lowest, load(values + size - kWidth));  // overlaps: the minimum does not mind
     out[w] = min(lowest);
   }
 }
@@ -31,7 +32,8 @@ void column_min(const float* cost, int64_t ld, int64_t rows, int64_t cols, float
   for (int64_t j = 0; j < cols; j += kWidth) {
     const int64_t lanes = cols - j < kWidth ? cols - j : kWidth;
     Vec lowest = load_first(cost + j, lanes, 0.f);
-    for (int64_t i = 1; i < rows; ++i) lowest = min(lowest, load_first(cost + i * ld + j, lanes, 0.f));
+    for (int64_t i = 1; i < rows; ++i)
+      lowest = min(lowest, load_first(cost + i * ld + j, lanes, 0.f));
     if (lanes == kWidth)
       store(out + j, lowest);
     else

@@ -1,5 +1,6 @@
-// The kernels of the CPU backend. Each is compiled once per instruction set (portable, AVX2, AVX-512); a table of
-// entry points is chosen at run time. Plain data in, plain data out: no torch, no allocation, no threads.
+// The kernels of the CPU backend. Each is compiled once per instruction set (portable, AVX2,
+// AVX-512); a table of entry points is chosen at run time. Plain data in, plain data out: no torch,
+// no allocation, no threads.
 #pragma once
 #include <cstdint>
 
@@ -38,7 +39,8 @@ struct PairInput {
   int64_t n_iters;
   float tol;
   float bound;  // largest certified lower bound on W1 known so far
-  // Float bits of the smallest span distance known for the two spans, written by other threads; null: never abandon.
+  // Float bits of the smallest span distance known for the two spans, written by other threads;
+  // null: never abandon.
   const uint32_t* best_row;
   const uint32_t* best_col;
 };
@@ -53,8 +55,10 @@ struct PairOutput {
 struct Kernels {
   const char* isa;
   // Adds the states of `count` tokens from `token` on to sums (dim_end - dim_begin).
-  void (*add_states)(const States&, int64_t token, int64_t count, int64_t dim_begin, int64_t dim_end, double* sums);
-  // ||x - center||^2, center may be null; Inf or NaN iff the state has one or its norm overflows float32.
+  void (*add_states)(const States&, int64_t token, int64_t count, int64_t dim_begin,
+                     int64_t dim_end, double* sums);
+  // ||x - center||^2, center may be null; Inf or NaN iff the state has one or its norm overflows
+  // float32.
   float (*squared_norm)(const States&, int64_t token, const float* center);
   void (*token_cost)(const CostTile&);
   // out[k] = minimum (or sum) of row[w.begin .. w.begin + w.size) for each window

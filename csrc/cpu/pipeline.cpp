@@ -43,7 +43,8 @@ void lower(uint32_t* best, float distance) {
   uint32_t bits;
   std::memcpy(&bits, &distance, sizeof bits);  // distances are >= 0: their bits have their order
   uint32_t seen = __atomic_load_n(best, __ATOMIC_RELAXED);
-  while (bits < seen && !__atomic_compare_exchange_n(best, &seen, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (bits < seen && !__atomic_compare_exchange_n(best, &seen, bits, true, __ATOMIC_RELAXED,
+                                                     __ATOMIC_RELAXED)) {
   }
 }
 
@@ -57,7 +58,8 @@ float as_float(const uint32_t* best) {
 }  // namespace
 
 struct Pipeline::Pairs {
-  std::vector<float> value;  // bound, then span distance; a skipped or abandoned pair keeps its bound
+  std::vector<float>
+      value;  // bound, then span distance; a skipped or abandoned pair keeps its bound
   std::vector<float> residual;
   std::vector<int32_t> iterations;
 
@@ -71,20 +73,22 @@ Pipeline::Pipeline(const States& states, const Problem& problem, const Config& c
       kernels_(kernels()),
       plan_(make_plan(problem, config, states.dim, threads())),
       workers_(plan_.scratch_floats),
-      nearest_(problem.spans.size(), Nearest{std::numeric_limits<float>::infinity(), 0.f, 0, -1, 0., 0}) {
+      nearest_(problem.spans.size(),
+               Nearest{std::numeric_limits<float>::infinity(), 0.f, 0, -1, 0., 0}) {
   measure_norms();
 }
 
 void Pipeline::token_costs(const Chunk& chunk, float* costs) const {
-  const auto tasks =
-      tasks_of(chunk, [](const Block& block) { return std::pair(block.row_tokens, block.col_tokens); });
+  const auto tasks = tasks_of(
+      chunk, [](const Block& block) { return std::pair(block.row_tokens, block.col_tokens); });
   workers_.run(static_cast<int64_t>(tasks.size()), [&](int64_t task, float* scratch) {
     const Block& block = *tasks[task].block;
     const Tile& tile = tasks[task].tile;
     if (!has_scale(block.group)) return;
-    kernels_.token_cost({states_, block.row_token + tile.row, tile.rows, block.col_token + tile.col, tile.cols,
-                         &center_[block.group * states_.dim], sq_norm_.data(),
-                         costs + block.cost_offset + tile.row * block.ld + tile.col, block.ld, scratch});
+    kernels_.token_cost({states_, block.row_token + tile.row, tile.rows, block.col_token + tile.col,
+                         tile.cols, &center_[block.group * states_.dim], sq_norm_.data(),
+                         costs + block.cost_offset + tile.row * block.ld + tile.col, block.ld,
+                         scratch});
   });
 }
 
@@ -105,19 +109,22 @@ void Pipeline::row_windows(const Chunk& chunk, float* costs, float* windows) con
     for (int64_t i = first; i < std::min(block.row_tokens, first + kRowsPerTask); ++i) {
       float* row = costs + block.cost_offset + i * block.ld;
       if (mmd) kernels_.rbf(row, block.col_tokens, static_cast<float>(group_norm_[block.group]));
-      (mmd ? kernels_.window_sum : kernels_.window_min)(row, spans[index].data(), block.col_spans,
-                                                       windows + block.row_offset + i * block.col_spans);
+      (mmd ? kernels_.window_sum : kernels_.window_min)(
+          row, spans[index].data(), block.col_spans,
+          windows + block.row_offset + i * block.col_spans);
     }
   });
 }
 
 // Every pair's bound max(R, Q); for the distances made of the same reductions, the distance itself.
-void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windows, float* values) const {
+void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windows,
+                      float* values) const {
   std::vector<std::vector<Window>> spans;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // block, row span within it
   for (size_t i = 0; i < chunk.blocks.size(); ++i) {
     spans.push_back(windows_of(problem_, chunk.blocks[i]));
-    for (int64_t a = 0; a < chunk.blocks[i].row_spans; ++a) tasks.emplace_back(static_cast<int64_t>(i), a);
+    for (int64_t a = 0; a < chunk.blocks[i].row_spans; ++a)
+      tasks.emplace_back(static_cast<int64_t>(i), a);
   }
   workers_.run(static_cast<int64_t>(tasks.size()), [&](int64_t task, float* scratch) {
     const auto [index, a] = tasks[task];
@@ -136,7 +143,8 @@ void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windo
     if (config_.distance == Distance::kMmd) {
       const double sigma = group_norm_[block.group];
       for (int64_t b = 0; b < block.col_spans; ++b) {
-        const double cross = out[b] / (static_cast<double>(n) * static_cast<double>(spans[index][b].size));
+        const double cross =
+            out[b] / (static_cast<double>(n) * static_cast<double>(spans[index][b].size));
         const double squared = self_[block.row_span + a] + self_[block.col_span + b] - 2 * cross;
         out[b] = static_cast<float>(sigma * std::sqrt(std::max(0., squared)));
       }
@@ -144,7 +152,8 @@ void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windo
     }
     float* lowest = scratch;
     float* q = scratch + block.col_tokens;
-    kernels_.column_min(costs + block.cost_offset + first * block.ld, block.ld, n, block.col_tokens, lowest);
+    kernels_.column_min(costs + block.cost_offset + first * block.ld, block.ld, n, block.col_tokens,
+                        lowest);
     kernels_.window_sum(lowest, spans[index].data(), block.col_spans, q);
     for (int64_t b = 0; b < block.col_spans; ++b) {
       const float r = out[b] / static_cast<float>(n);
@@ -184,7 +193,8 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
         continue;
       }
       const PairOutput out = kernels_.sinkhorn(
-          {costs + block.cost_offset + (row.begin - block.row_token) * block.ld + (col.begin - block.col_token),
+          {costs + block.cost_offset + (row.begin - block.row_token) * block.ld +
+               (col.begin - block.col_token),
            block.ld, row.size(), col.size(), static_cast<float>(eps(block.group)), config_.n_iters,
            static_cast<float>(config_.tol), bound, config_.prune ? &best_[a] : nullptr,
            config_.prune ? &best_[b] : nullptr},
@@ -210,7 +220,8 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
 
 // 1 - cos of the span means, as half the squared token cost between the unit means.
 void Pipeline::cosine_distances(const Chunk& chunk, float* values) const {
-  const auto tasks = tasks_of(chunk, [](const Block& block) { return std::pair(block.row_spans, block.col_spans); });
+  const auto tasks = tasks_of(
+      chunk, [](const Block& block) { return std::pair(block.row_spans, block.col_spans); });
   const std::vector<float> origin(states_.dim);
   workers_.run(static_cast<int64_t>(tasks.size()), [&](int64_t task, float* scratch) {
     const Block& block = *tasks[task].block;
@@ -248,7 +259,8 @@ void Pipeline::collect(const Chunk& chunk, const Pairs& pairs) {
       best.residual = std::max(best.residual, pairs.residual[p]);
       best.iterations = std::max(best.iterations, pairs.iterations[p]);
     }
-    if (distance < best.distance || (distance == best.distance && (best.span < 0 || other < best.span)) ||
+    if (distance < best.distance ||
+        (distance == best.distance && (best.span < 0 || other < best.span)) ||
         std::isnan(distance)) {
       best.distance = distance;
       best.span = other;
@@ -296,7 +308,8 @@ void Pipeline::run(float* matrix) {
       counts_.solved += chunk.pairs;
     collect(chunk, pairs);
     if (matrix) {
-      const int64_t rows = problem_.rollouts[0].span_end, cols = problem_.rollouts[1].span_end - rows;
+      const int64_t rows = problem_.rollouts[0].span_end,
+                    cols = problem_.rollouts[1].span_end - rows;
       for (const Block& block : chunk.blocks)
         for (int64_t a = 0; a < block.row_spans; ++a)
           std::copy_n(&pairs.value[block.pair_offset + a * block.col_spans], block.col_spans,
@@ -305,7 +318,8 @@ void Pipeline::run(float* matrix) {
   }
   if (config_.aggregation == Aggregation::kMean)
     for (Nearest& best : nearest_)
-      if (best.count > 0) best.distance = static_cast<float>(best.sum / static_cast<double>(best.count));
+      if (best.count > 0)
+        best.distance = static_cast<float>(best.sum / static_cast<double>(best.count));
 }
 
 }  // namespace shear::cpu

@@ -1,4 +1,5 @@
-// The steps of one call on the CPU: token costs -> bounds -> sinkhorn -> nearest spans -> token weights.
+// The steps of one call on the CPU: token costs -> bounds -> sinkhorn -> nearest spans -> token
+// weights.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -26,10 +27,12 @@ struct PairCounts {
 
 class Pipeline {
  public:
-  // The arguments must outlive the pipeline. Throws std::invalid_argument on states that are not finite.
+  // The arguments must outlive the pipeline. Throws std::invalid_argument on states that are not
+  // finite.
   Pipeline(const States& states, const Problem& problem, const Config& config);
 
-  // Fills nearest() and counts(); if matrix is not null, also every span distance of a problem of two rollouts.
+  // Fills nearest() and counts(); if matrix is not null, also every span distance of a problem of
+  // two rollouts.
   void run(float* matrix);
   void token_weights(float* weights) const;
 
@@ -60,14 +63,14 @@ class Pipeline {
   const Plan plan_;
   const Workers workers_;
 
-  std::vector<float> norm_;     // (tokens)
-  std::vector<float> sq_norm_;  // (tokens) of the centred states
-  std::vector<float> center_;   // (groups, dim)
+  std::vector<float> norm_;                        // (tokens)
+  std::vector<float> sq_norm_;                     // (tokens) of the centred states
+  std::vector<float> center_;                      // (groups, dim)
   std::vector<double> rollout_norm_, group_norm_;  // means
   std::vector<float> unit_mean_, unit_sq_norm_;    // cosine: (spans, dim) and (spans)
   std::vector<double> self_;                       // mmd: (spans) mean of k(x, x')
-  std::vector<uint32_t> best_;                     // (spans) float bits of the smallest distance so far
-  std::vector<Nearest> nearest_;                   // (spans)
+  std::vector<uint32_t> best_;    // (spans) float bits of the smallest distance so far
+  std::vector<Nearest> nearest_;  // (spans)
   PairCounts counts_{};
 };
 

@@ -1,7 +1,8 @@
-// One float vector type per instruction set, on the compiler's vector extension: its width follows SHEAR_WIDTH
-// (floats per vector), its instructions follow the flags of the translation unit. Included only by files that are
-// compiled once per instruction set; everything lives in that set's namespace and nothing of the standard library
-// is instantiated, because the linker could keep an AVX-512 copy of a shared inline function for every caller.
+// One float vector type per instruction set, on the compiler's vector extension: its width follows
+// SHEAR_WIDTH (floats per vector), its instructions follow the flags of the translation unit.
+// Included only by files that are compiled once per instruction set; everything lives in that set's
+// namespace and nothing of the standard library is instantiated, because the linker could keep an
+// AVX-512 copy of a shared inline function for every caller.
 #pragma once
 #include <cstdint>
 
@@ -63,8 +64,8 @@ inline Vec load_first(const float* p, int64_t count, float fill) {
   return load(lanes);
 }
 
-// 2^x to 2e-7 relative for x <= 0; below 2^-96, where nothing is left of a plan, it stays at 2^-96 and so keeps
-// products clear of slow subnormal numbers.
+// 2^x to 2e-7 relative for x <= 0; below 2^-96, where nothing is left of a plan, it stays at 2^-96
+// and so keeps products clear of slow subnormal numbers.
 inline Vec exp2(Vec x) {
   const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   x = max(x, broadcast(-96.f));
@@ -84,7 +85,8 @@ inline Vec exp2(Vec x) {
 inline Vec from_bfloat16(VecH bits) { return (Vec)(__builtin_convertvector(bits, VecU) << 16); }
 inline Vec from_float16(VecH bits) {
   const VecU wide = __builtin_convertvector(bits, VecU);
-  const Vec scaled = (Vec)((wide & 0x7fffu) << 13) * 0x1p112f;  // rebias the exponent, subnormals included
+  const Vec scaled =
+      (Vec)((wide & 0x7fffu) << 13) * 0x1p112f;  // rebias the exponent, subnormals included
   const VecU infinite = (VecU)(scaled >= 65536.f) & 0x7f800000u;
   return (Vec)((VecU)scaled | infinite | ((wide & 0x8000u) << 16));
 }

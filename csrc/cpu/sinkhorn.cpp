@@ -1,8 +1,9 @@
 // One span pair: entropic optimal transport between two uniform measures.
 //
-// The plan is u_i K_ij v_j with K = 2^(F_i + G_j - C_ij) and all of C, F, G in units of eps * ln 2. An iteration is
-// multiply-adds over K in one sweep; F and G absorb log2(u) and log2(v) when those drift, and only then are
-// exponentials taken again. The plan is scaled so that every row has mass 1 and every column n/m.
+// The plan is u_i K_ij v_j with K = 2^(F_i + G_j - C_ij) and all of C, F, G in units of eps * ln 2.
+// An iteration is multiply-adds over K in one sweep; F and G absorb log2(u) and log2(v) when those
+// drift, and only then are exponentials taken again. The plan is scaled so that every row has mass
+// 1 and every column n/m.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "plan.h"
@@ -14,14 +15,15 @@ namespace {
 
 typedef float Vec4 __attribute__((vector_size(16)));
 
-constexpr float kFar = 1e30f;          // cost of the padding columns
-constexpr float kDriftHigh = 0x1p20f;  // absorb beyond: one over-relaxed update may stretch a scaling 5-fold in log
+constexpr float kFar = 1e30f;  // cost of the padding columns
+constexpr float kDriftHigh =
+    0x1p20f;  // absorb beyond: one over-relaxed update may stretch a scaling 5-fold in log
 constexpr float kDriftLow = 0x1p-20f;
 constexpr int64_t kTestEvery = 4;  // iterations from one choice of omega to the next
 constexpr float kLog2e = 1.44269504f;
 
-// A scaling is updated by y^-omega, y its marginal over the wanted one, with omega = 2 - 2^-level: level 0 is the
-// plain update, and every further level takes one more square root and no logarithm.
+// A scaling is updated by y^-omega, y its marginal over the wanted one, with omega = 2 - 2^-level:
+// level 0 is the plain update, and every further level takes one more square root and no logarithm.
 constexpr int kTopLevel = 5;
 
 template <typename V>
@@ -54,8 +56,10 @@ Vec4 quarter_sums(Vec a) {
 
 Vec4 row_sums(Vec a, Vec b, Vec c, Vec d) {
   const Vec4 qa = quarter_sums(a), qb = quarter_sums(b), qc = quarter_sums(c), qd = quarter_sums(d);
-  const Vec4 ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
-  const Vec4 cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
+  const Vec4 ab =
+      __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
+  const Vec4 cd =
+      __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
@@ -69,7 +73,11 @@ void store4(float* p, Vec4 v) { __builtin_memcpy(p, &v, sizeof v); }
 class Pair {
  public:
   Pair(const PairInput& in, float* scratch)
-      : in_(in), n_(in.n), m_(in.m), rows_((in.n + 3) / 4 * 4), ld_((in.m + kCostPad - 1) / kCostPad * kCostPad) {
+      : in_(in),
+        n_(in.n),
+        m_(in.m),
+        rows_((in.n + 3) / 4 * 4),
+        ld_((in.m + kCostPad - 1) / kCostPad * kCostPad) {
     auto take = [&scratch](int64_t count) {
       float* p = scratch;
       scratch += count;
@@ -125,15 +133,17 @@ class Pair {
  private:
   static float max_of(float a, float b) { return a < b ? b : a; }
 
-  // The value's error is the plan's error times its entropy term, eps * log(n): where that is large against the
-  // distance, a residual of tol is not enough. At the default reg and typical distances this is tol itself.
+  // The value's error is the plan's error times its entropy term, eps * log(n): where that is large
+  // against the distance, a residual of tol is not enough. At the default reg and typical distances
+  // this is tol itself.
   float tolerance(float distance) const {
     const float entropy = in_.eps * 0.69314718f * log2f(static_cast<float>(n_ > m_ ? n_ : m_));
     const float scale = 0.2f * max_of(distance, in_.eps);
     return scale < entropy ? in_.tol * (scale / entropy) : in_.tol;
   }
 
-  // Strictly above both minima: ties are computed, so that the result never depends on the order of the pairs.
+  // Strictly above both minima: ties are computed, so that the result never depends on the order of
+  // the pairs.
   bool beaten(float bound) const {
     if (!in_.best_row) return false;
     const uint32_t bits[2] = {__atomic_load_n(in_.best_row, __ATOMIC_RELAXED),
@@ -143,8 +153,9 @@ class Pair {
     return bound > best[0] && bound > best[1];
   }
 
-  // Copies the costs in units of eps * ln 2 and sets the hard potentials F_i = min_j C_ij, G_j = min_i (C_ij - F_i),
-  // for which every K_ij <= 1 with a 1 in every row and column. Returns their dual value, a bound.
+  // Copies the costs in units of eps * ln 2 and sets the hard potentials F_i = min_j C_ij, G_j =
+  // min_i (C_ij - F_i), for which every K_ij <= 1 with a 1 in every row and column. Returns their
+  // dual value, a bound.
   float load_costs() {
     const float scale = kLog2e / in_.eps;
     const Vec inf = broadcast(__builtin_inff());
@@ -167,7 +178,8 @@ class Pair {
       }
       f_[i] = min(lowest);
       sum_f += f_[i];
-      for (int64_t j = 0; j < ld_; j += kWidth) store(g_ + j, min(load(g_ + j), load(c + j) - f_[i]));
+      for (int64_t j = 0; j < ld_; j += kWidth)
+        store(g_ + j, min(load(g_ + j), load(c + j) - f_[i]));
     }
     for (int64_t j = 0; j < m_; ++j) sum_g += g_[j];
     for (int64_t j = m_; j < ld_; ++j) g_[j] = 0.f;
@@ -187,7 +199,8 @@ class Pair {
       const float* c = cost_ + i * ld_;
       float* k = k_ + i * ld_;
       if (i < n_)
-        for (int64_t j = 0; j < ld_; j += kWidth) store(k + j, exp2((f - load(c + j)) + load(g_ + j)));
+        for (int64_t j = 0; j < ld_; j += kWidth)
+          store(k + j, exp2((f - load(c + j)) + load(g_ + j)));
       else
         for (int64_t j = 0; j < ld_; ++j) k[j] = 0.f;
     }
@@ -199,34 +212,42 @@ class Pair {
     reset_scalings();
   }
 
-  // Young's theory of over-relaxation, valid near the solution: from the rate at which the residual falls with this
-  // omega follow the rate of plain updates and the best omega. A residual that grew much asks for a smaller one; a
-  // little is the oscillation of over-relaxed updates.
+  // Young's theory of over-relaxation, valid near the solution: from the rate at which the residual
+  // falls with this omega follow the rate of plain updates and the best omega. A residual that grew
+  // much asks for a smaller one; a little is the oscillation of over-relaxed updates.
   static int next_level(int level, float ratio) {
     if (!(ratio < 1.5f)) return level > 0 ? level - 1 : 0;
     if (ratio >= 1.f) return level;
     const float over = level == 0 ? 0.f : 1.f - 1.f / static_cast<float>(1 << level);  // omega - 1
-    const float fall = __builtin_sqrtf(__builtin_sqrtf(ratio));                        // per iteration
+    const float fall = __builtin_sqrtf(__builtin_sqrtf(ratio));  // per iteration
     const float rate = fall > over ? fall : over;
     const float plain = (rate + over) * (rate + over) / (rate * (1.f + over) * (1.f + over));
     const float best = 2.f / (1.f + __builtin_sqrtf(plain < 1.f ? 1.f - plain : 0.f));
     int next = 0;
-    while (next < kTopLevel && next <= level && 2.f - 1.f / static_cast<float>(2 << next) <= best) ++next;
+    while (next < kTopLevel && next <= level && 2.f - 1.f / static_cast<float>(2 << next) <= best)
+      ++next;
     return next;
   }
 
   float sweep(int level) {
     switch (level) {
-      case 0: return sweep<0>();
-      case 1: return sweep<1>();
-      case 2: return sweep<2>();
-      case 3: return sweep<3>();
-      case 4: return sweep<4>();
-      default: return sweep<kTopLevel>();
+      case 0:
+        return sweep<0>();
+      case 1:
+        return sweep<1>();
+      case 2:
+        return sweep<2>();
+      case 3:
+        return sweep<3>();
+      case 4:
+        return sweep<4>();
+      default:
+        return sweep<kTopLevel>();
     }
   }
 
-  // One iteration: rows, then columns, K read once. Returns the L1 error of the row marginal before the update.
+  // One iteration: rows, then columns, K read once. Returns the L1 error of the row marginal before
+  // the update.
   template <int kLevel>
   float sweep() {
     for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, Vec{});
@@ -281,22 +302,25 @@ class Pair {
     drifted_ = !(lowest > kDriftLow && highest < kDriftHigh);
   }
 
-  // Potentials f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are feasible at any
-  // iteration: their mean is a certified lower bound on W1, at the price of one maximum pass.
+  // Potentials f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are
+  // feasible at any iteration: their mean is a certified lower bound on W1, at the price of one
+  // maximum pass.
   float dual_value() {
     for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, Vec{});
     double total = 0;
     for (int64_t i = 0; i < n_; ++i) {
       const float* k = k_ + i * ld_;
-      for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, max(load(w_ + j), load(k + j) * u_[i]));
+      for (int64_t j = 0; j < ld_; j += kWidth)
+        store(w_ + j, max(load(w_ + j), load(k + j) * u_[i]));
       total += (f_[i] + log2f(u_[i])) / static_cast<double>(n_);
     }
     for (int64_t j = 0; j < m_; ++j) total += (g_[j] - log2f(w_[j])) / static_cast<double>(m_);
     return to_cost(total);
   }
 
-  // One plain column update makes the columns exact; then <P, C> + <f, a - P 1>, never below the bound. The mass is
-  // right, so any constant may be taken off f: the first entry, against cancellation.
+  // One plain column update makes the columns exact; then <P, C> + <f, a - P 1>, never below the
+  // bound. The mass is right, so any constant may be taken off f: the first entry, against
+  // cancellation.
   PairOutput corrected_value(float bound, int32_t iterations) {
     for (int64_t j = 0; j < ld_; j += kWidth) {
       Vec total = {};

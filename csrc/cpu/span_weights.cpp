@@ -1,5 +1,6 @@
-// torch.ops.shear on the CPU: tensors to plain data, the pipeline, plain data to tensors. The checks here keep memory
-// safe for callers of torch.ops; the typed errors of the Python functions come from src/shear_ops/checks.py.
+// torch.ops.shear on the CPU: tensors to plain data, the pipeline, plain data to tensors. The
+// checks here keep memory safe for callers of torch.ops; the typed errors of the Python functions
+// come from src/shear_ops/checks.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,23 +25,37 @@ std::vector<int64_t> read_integers(const Tensor& tensor, const char* name) {
   std::vector<int64_t> out(values.numel());
   const auto copy = [&](const auto* typed) { std::copy_n(typed, out.size(), out.begin()); };
   switch (values.scalar_type()) {
-    case ScalarType::Long: copy(static_cast<const int64_t*>(data)); break;
-    case ScalarType::Int: copy(static_cast<const int32_t*>(data)); break;
-    case ScalarType::Char: copy(static_cast<const int8_t*>(data)); break;
-    case ScalarType::Bool: copy(static_cast<const uint8_t*>(data)); break;
-    default: STD_TORCH_CHECK(false, name, " must be int64, int32, int8 or bool");
+    case ScalarType::Long:
+      copy(static_cast<const int64_t*>(data));
+      break;
+    case ScalarType::Int:
+      copy(static_cast<const int32_t*>(data));
+      break;
+    case ScalarType::Char:
+      copy(static_cast<const int8_t*>(data));
+      break;
+    case ScalarType::Bool:
+      copy(static_cast<const uint8_t*>(data));
+      break;
+    default:
+      STD_TORCH_CHECK(false, name, " must be int64, int32, int8 or bool");
   }
   return out;
 }
 
 States states_of(const Tensor& hidden, const char* name) {
-  STD_TORCH_CHECK(hidden.is_cpu() && hidden.dim() == 2 && hidden.size(1) >= 1 && hidden.is_contiguous(), name,
-                  " must be a contiguous (tokens, dim) tensor on the CPU with dim >= 1");
+  STD_TORCH_CHECK(
+      hidden.is_cpu() && hidden.dim() == 2 && hidden.size(1) >= 1 && hidden.is_contiguous(), name,
+      " must be a contiguous (tokens, dim) tensor on the CPU with dim >= 1");
   switch (hidden.scalar_type()) {
-    case ScalarType::Float: return {hidden.const_data_ptr(), Dtype::kFloat32, hidden.size(1)};
-    case ScalarType::Half: return {hidden.const_data_ptr(), Dtype::kFloat16, hidden.size(1)};
-    case ScalarType::BFloat16: return {hidden.const_data_ptr(), Dtype::kBFloat16, hidden.size(1)};
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return {hidden.const_data_ptr(), Dtype::kFloat32, hidden.size(1)};
+    case ScalarType::Half:
+      return {hidden.const_data_ptr(), Dtype::kFloat16, hidden.size(1)};
+    case ScalarType::BFloat16:
+      return {hidden.const_data_ptr(), Dtype::kBFloat16, hidden.size(1)};
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
   }
   return {};
 }
@@ -49,16 +64,17 @@ Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dty
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids, const Tensor& labels,
-                    int64_t span, int64_t stride, double reg, int64_t n_iters, double tol, int64_t reg_unit,
-                    int64_t distance, int64_t normalization, int64_t pooling, int64_t aggregation, bool check_finite,
-                    bool prune) {
-  const Config config = make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
-                                    aggregation, check_finite, prune);
+Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids,
+                    const Tensor& labels, int64_t span, int64_t stride, double reg, int64_t n_iters,
+                    double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
+                    int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
+  const Config config = make_config(span, stride, reg, n_iters, tol, reg_unit, distance,
+                                    normalization, pooling, aggregation, check_finite, prune);
   const Tensor rows = torch::stable::contiguous(hidden);
   const States states = states_of(rows, "hidden");
-  const Problem problem = make_problem(read_integers(cu_seqlens, "cu_seqlens"), read_integers(group_ids, "group_ids"),
-                                       read_integers(labels, "labels"), rows.size(0), config);
+  const Problem problem =
+      make_problem(read_integers(cu_seqlens, "cu_seqlens"), read_integers(group_ids, "group_ids"),
+                   read_integers(labels, "labels"), rows.size(0), config);
   Tensor weights = new_tensor(rows, {rows.size(0)}, ScalarType::Float);
   Pipeline pipeline(states, problem, config);
   pipeline.run(nullptr);
@@ -67,15 +83,17 @@ Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
-    const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids, const Tensor& labels, int64_t span,
-    int64_t stride, double reg, int64_t n_iters, double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
-    int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
-  const Config config = make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
-                                    aggregation, check_finite, prune);
+    const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids, const Tensor& labels,
+    int64_t span, int64_t stride, double reg, int64_t n_iters, double tol, int64_t reg_unit,
+    int64_t distance, int64_t normalization, int64_t pooling, int64_t aggregation,
+    bool check_finite, bool prune) {
+  const Config config = make_config(span, stride, reg, n_iters, tol, reg_unit, distance,
+                                    normalization, pooling, aggregation, check_finite, prune);
   const Tensor rows = torch::stable::contiguous(hidden);
   const States states = states_of(rows, "hidden");
-  const Problem problem = make_problem(read_integers(cu_seqlens, "cu_seqlens"), read_integers(group_ids, "group_ids"),
-                                       read_integers(labels, "labels"), rows.size(0), config);
+  const Problem problem =
+      make_problem(read_integers(cu_seqlens, "cu_seqlens"), read_integers(group_ids, "group_ids"),
+                   read_integers(labels, "labels"), rows.size(0), config);
   Pipeline pipeline(states, problem, config);
   pipeline.run(nullptr);
   const auto spans = static_cast<int64_t>(problem.spans.size());
@@ -96,47 +114,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
     std::copy_n(row, 3, bounds.mutable_data_ptr<int64_t>() + 3 * s);
   }
   const PairCounts& counts = pipeline.counts();
-  const int64_t row[5] = {counts.total, counts.bounded, counts.abandoned, counts.solved, counts.stopped};
+  const int64_t row[5] = {counts.total, counts.bounded, counts.abandoned, counts.solved,
+                          counts.stopped};
   std::copy_n(row, 5, pairs.mutable_data_ptr<int64_t>());
   return {distances, nearest, residual, iterations, bounds, pairs};
 }
 
-Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t stride, double reg, int64_t n_iters,
-                      double tol, int64_t reg_unit, int64_t distance, int64_t normalization, int64_t pooling,
-                      int64_t aggregation, bool check_finite, bool) {
-  const Config config = make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
-                                    aggregation, check_finite, /*prune=*/false);
+Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t stride, double reg,
+                      int64_t n_iters, double tol, int64_t reg_unit, int64_t distance,
+                      int64_t normalization, int64_t pooling, int64_t aggregation,
+                      bool check_finite, bool) {
+  const Config config =
+      make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
+                  aggregation, check_finite, /*prune=*/false);
   const Tensor rows = torch::stable::contiguous(x), cols = torch::stable::contiguous(y);
   const States first = states_of(rows, "x"), second = states_of(cols, "y");
-  STD_TORCH_CHECK(first.dtype == second.dtype && first.dim == second.dim, "x and y must have one dtype and dim");
-  const int64_t tokens = rows.size(0) + cols.size(0), token_bytes = first.dim * (first.dtype == Dtype::kFloat32 ? 4 : 2);
+  STD_TORCH_CHECK(first.dtype == second.dtype && first.dim == second.dim,
+                  "x and y must have one dtype and dim");
+  const int64_t tokens = rows.size(0) + cols.size(0),
+                token_bytes = first.dim * (first.dtype == Dtype::kFloat32 ? 4 : 2);
   Tensor both = new_tensor(rows, {tokens, first.dim}, rows.scalar_type());
   auto* bytes = static_cast<char*>(both.mutable_data_ptr());
   if (rows.size(0) > 0) std::memcpy(bytes, first.data, rows.size(0) * token_bytes);
-  if (cols.size(0) > 0) std::memcpy(bytes + rows.size(0) * token_bytes, second.data, cols.size(0) * token_bytes);
+  if (cols.size(0) > 0)
+    std::memcpy(bytes + rows.size(0) * token_bytes, second.data, cols.size(0) * token_bytes);
   const Problem problem = make_problem({0, rows.size(0), tokens}, {0, 0}, {1, 0}, tokens, config);
   const int64_t row_spans = problem.rollouts[0].span_end;
-  Tensor matrix =
-      new_tensor(rows, {row_spans, static_cast<int64_t>(problem.spans.size()) - row_spans}, ScalarType::Float);
+  Tensor matrix = new_tensor(
+      rows, {row_spans, static_cast<int64_t>(problem.spans.size()) - row_spans}, ScalarType::Float);
   Pipeline pipeline(states_of(both, "x"), problem, config);
   pipeline.run(matrix.mutable_data_ptr<float>());
   return matrix;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optional<Tensor>& n_rows,
-                                            const std::optional<Tensor>& n_cols, double reg, int64_t n_iters,
-                                            double tol) {
-  const Config config = make_config(1, 1, reg, n_iters, tol, static_cast<int64_t>(RegUnit::kCost), 0, 0, 0, 0,
-                                    /*check_finite=*/true, /*prune=*/false);
+                                            const std::optional<Tensor>& n_cols, double reg,
+                                            int64_t n_iters, double tol) {
+  const Config config =
+      make_config(1, 1, reg, n_iters, tol, static_cast<int64_t>(RegUnit::kCost), 0, 0, 0, 0,
+                  /*check_finite=*/true, /*prune=*/false);
   STD_TORCH_CHECK(cost.is_cpu() && cost.dim() == 3 && cost.scalar_type() == ScalarType::Float,
                   "cost must be a (B, n, m) float32 tensor on the CPU");
   const Tensor costs = torch::stable::contiguous(cost);
   const int64_t batch = costs.size(0), n = costs.size(1), m = costs.size(2);
   const auto lengths = [batch](const std::optional<Tensor>& given, int64_t size, const char* name) {
     const auto out = given ? read_integers(*given, name) : std::vector<int64_t>(batch, size);
-    STD_TORCH_CHECK(static_cast<int64_t>(out.size()) == batch, name, " must have one entry per problem");
+    STD_TORCH_CHECK(static_cast<int64_t>(out.size()) == batch, name,
+                    " must have one entry per problem");
     for (const int64_t length : out)
-      STD_TORCH_CHECK(length >= 1 && length <= size, name, " must be in [1, ", size, "], got ", length);
+      STD_TORCH_CHECK(length >= 1 && length <= size, name, " must be in [1, ", size, "], got ",
+                      length);
     return out;
   };
   const auto rows = lengths(n_rows, n, "n_rows"), cols = lengths(n_cols, m, "n_cols");
@@ -163,11 +190,12 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
     }
     kernels().column_min(first, m, rows[b], cols[b], scratch);
     for (int64_t j = 0; j < cols[b]; ++j) q += scratch[j];
-    const double bound = std::max(r / static_cast<double>(rows[b]), q / static_cast<double>(cols[b]));
-    const PairOutput out = kernels().sinkhorn({first, m, rows[b], cols[b], static_cast<float>(config.reg),
-                                               config.n_iters, static_cast<float>(config.tol),
-                                               static_cast<float>(bound), nullptr, nullptr},
-                                              scratch);
+    const double bound =
+        std::max(r / static_cast<double>(rows[b]), q / static_cast<double>(cols[b]));
+    const PairOutput out = kernels().sinkhorn(
+        {first, m, rows[b], cols[b], static_cast<float>(config.reg), config.n_iters,
+         static_cast<float>(config.tol), static_cast<float>(bound), nullptr, nullptr},
+        scratch);
     values[b] = out.distance;
     residuals[b] = out.residual;
     counts[b] = out.iterations;

@@ -1,5 +1,5 @@
-// What is measured once per call from the hidden states alone: norms, the groups' mean states, and for the distances
-// that need them the means and self-similarities of spans.
+// What is measured once per call from the hidden states alone: norms, the groups' mean states, and
+// for the distances that need them the means and self-similarities of spans.
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
@@ -27,30 +27,36 @@ void Pipeline::measure_norms() {
   if (config_.check_finite)
     for (int64_t t = 0; t < problem_.tokens; ++t)
       if (!std::isfinite(norm_[t]))
-        throw std::invalid_argument("hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token " +
-                                    std::to_string(t));
+        throw std::invalid_argument(
+            "hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token " +
+            std::to_string(t));
   rollout_norm_.assign(problem_.rollouts.size(), 0.);
   std::vector<int64_t> group_tokens(problem_.groups.size());
   group_norm_.assign(problem_.groups.size(), 0.);
   for (size_t i = 0; i < problem_.rollouts.size(); ++i) {
     const Rollout& rollout = problem_.rollouts[i];
     if (rollout.group < 0) continue;
-    const double total = std::accumulate(norm_.begin() + rollout.begin, norm_.begin() + rollout.end, 0.);
+    const double total =
+        std::accumulate(norm_.begin() + rollout.begin, norm_.begin() + rollout.end, 0.);
     rollout_norm_[i] = total / static_cast<double>(rollout.end - rollout.begin);
     group_norm_[rollout.group] += total;
     group_tokens[rollout.group] += rollout.end - rollout.begin;
   }
-  for (size_t g = 0; g < group_norm_.size(); ++g) group_norm_[g] /= static_cast<double>(group_tokens[g]);
+  for (size_t g = 0; g < group_norm_.size(); ++g)
+    group_norm_[g] /= static_cast<double>(group_tokens[g]);
 }
 
 // False: all states are zero, or not finite with the check off. Such a group is not computed.
-bool Pipeline::has_scale(int64_t group) const { return std::isfinite(group_norm_[group]) && group_norm_[group] > 0; }
+bool Pipeline::has_scale(int64_t group) const {
+  return std::isfinite(group_norm_[group]) && group_norm_[group] > 0;
+}
 
 double Pipeline::eps(int64_t group) const {
   return config_.reg_unit == RegUnit::kCost ? config_.reg : config_.reg * group_norm_[group];
 }
 
-// Distances do not change when the group's mean state is taken off, but the product loses less to cancellation.
+// Distances do not change when the group's mean state is taken off, but the product loses less to
+// cancellation.
 void Pipeline::center_groups() {
   const int64_t slices = (states_.dim + kDimsPerTask - 1) / kDimsPerTask;
   center_.resize(problem_.groups.size() * states_.dim);
@@ -66,7 +72,8 @@ void Pipeline::center_groups() {
         tokens += rollout.end - rollout.begin;
       }
     for (int64_t k = begin; k < end; ++k)
-      center_[g * states_.dim + k] = static_cast<float>(sums[k - begin] / static_cast<double>(tokens));
+      center_[g * states_.dim + k] =
+          static_cast<float>(sums[k - begin] / static_cast<double>(tokens));
   });
   sq_norm_.resize(problem_.tokens);
   workers_.run(static_cast<int64_t>(problem_.rollouts.size()), [&](int64_t i, float*) {
@@ -88,7 +95,8 @@ void Pipeline::span_means() {
     std::vector<double> mean(dim);
     kernels_.add_states(states_, span.begin, span.size(), 0, dim, mean.data());
     const double norm = std::sqrt(std::inner_product(mean.begin(), mean.end(), mean.begin(), 0.));
-    for (int64_t k = 0; k < dim; ++k) unit_mean_[s * dim + k] = norm > 0 ? static_cast<float>(mean[k] / norm) : 0.f;
+    for (int64_t k = 0; k < dim; ++k)
+      unit_mean_[s * dim + k] = norm > 0 ? static_cast<float>(mean[k] / norm) : 0.f;
     unit_sq_norm_[s] = kernels_.squared_norm({unit_mean_.data(), Dtype::kFloat32, dim}, s, nullptr);
   });
 }
@@ -102,10 +110,12 @@ void Pipeline::self_similarities() {
     if (group < 0 || !has_scale(group)) return;
     float* costs = scratch + kPanelFloats;
     for (const Tile& tile : tiles_of(n, n))
-      kernels_.token_cost({states_, span.begin + tile.row, tile.rows, span.begin + tile.col, tile.cols,
-                           &center_[group * states_.dim], sq_norm_.data(), costs + tile.row * n + tile.col, n, scratch});
+      kernels_.token_cost({states_, span.begin + tile.row, tile.rows, span.begin + tile.col,
+                           tile.cols, &center_[group * states_.dim], sq_norm_.data(),
+                           costs + tile.row * n + tile.col, n, scratch});
     kernels_.rbf(costs, n * n, static_cast<float>(group_norm_[group]));
-    float total = 0.f;  // summed like the similarities of two spans, so that equal spans cancel exactly
+    float total =
+        0.f;  // summed like the similarities of two spans, so that equal spans cancel exactly
     for (int64_t i = 0; i < n; ++i) {
       const Window row{i * n, n};
       float sum;
@@ -116,7 +126,8 @@ void Pipeline::self_similarities() {
   });
 }
 
-// Steps 2 to 4 of the paper up to the advantage: / mean norm, then the maximum (or mean) over the covering spans.
+// Steps 2 to 4 of the paper up to the advantage: / mean norm, then the maximum (or mean) over the
+// covering spans.
 void Pipeline::token_weights(float* weights) const {
   workers_.run(static_cast<int64_t>(problem_.rollouts.size()), [&](int64_t i, float*) {
     const Rollout& rollout = problem_.rollouts[i];
@@ -124,8 +135,8 @@ void Pipeline::token_weights(float* weights) const {
       std::fill(weights + rollout.begin, weights + rollout.end, 1.f);
       return;
     }
-    const double scale =
-        config_.normalization == Normalization::kGroup ? group_norm_[rollout.group] : rollout_norm_[i];
+    const double scale = config_.normalization == Normalization::kGroup ? group_norm_[rollout.group]
+                                                                        : rollout_norm_[i];
     int64_t first = rollout.span_begin;  // the covering spans of a token are [first, last)
     int64_t last = first;
     for (int64_t t = rollout.begin; t < rollout.end; ++t) {

@@ -16,7 +16,8 @@ struct Tile {
 inline std::vector<Tile> tiles_of(int64_t rows, int64_t cols) {
   const auto cut = [](int64_t total, int64_t most) {
     const int64_t parts = (total + most - 1) / most;
-    return std::min(most, ((total + parts - 1) / parts + 95) / 96 * 96);  // a multiple of every register tile
+    return std::min(
+        most, ((total + parts - 1) / parts + 95) / 96 * 96);  // a multiple of every register tile
   };
   std::vector<Tile> tiles;
   if (rows == 0 || cols == 0) return tiles;

@@ -1,6 +1,7 @@
-// Hidden states to token costs: a blocked float32 product of the centred states, then ||x||^2 + ||y||^2 - 2<x, y>,
-// square root and repair of near-duplicates. The product of two tokens accumulates over the dimensions in one fixed
-// order whatever the tile around it, so costs do not depend on packing, chunks or threads.
+// Hidden states to token costs: a blocked float32 product of the centred states, then ||x||^2 +
+// ||y||^2 - 2<x, y>, square root and repair of near-duplicates. The product of two tokens
+// accumulates over the dimensions in one fixed order whatever the tile around it, so costs do not
+// depend on packing, chunks or threads.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "plan.h"
@@ -11,7 +12,8 @@ namespace {
 constexpr int kRows = SHEAR_TILE_ROWS;  // register tile: kRows x kCols accumulators
 constexpr int kCols = 2 * kWidth;
 
-// Below this share of ||x||^2 + ||y||^2 cancellation eats the result, and these small costs are what a minimum picks.
+// Below this share of ||x||^2 + ||y||^2 cancellation eats the result, and these small costs are
+// what a minimum picks.
 constexpr float kNearDuplicate = 0x1p-7f;
 
 template <Dtype kDtype>
@@ -35,10 +37,11 @@ float state_at(const void* data, int64_t index) {
   }
 }
 
-// Writes dimensions [k0, k0 + depth) of `count` <= kGroup tokens as a panel [depth][kGroup], centred, zero-filled.
+// Writes dimensions [k0, k0 + depth) of `count` <= kGroup tokens as a panel [depth][kGroup],
+// centred, zero-filled.
 template <Dtype kDtype, int kGroup>
-void pack_panel(const States& states, int64_t token, int64_t count, int64_t k0, int64_t depth, const float* center,
-                float* row, float* panel) {
+void pack_panel(const States& states, int64_t token, int64_t count, int64_t k0, int64_t depth,
+                const float* center, float* row, float* panel) {
   for (int64_t r = 0; r < kGroup; ++r) {
     if (r < count) {
       const int64_t base = (token + r) * states.dim + k0;
@@ -54,17 +57,18 @@ void pack_panel(const States& states, int64_t token, int64_t count, int64_t k0, 
 }
 
 template <Dtype kDtype, int kGroup>
-void pack(const States& states, int64_t token, int64_t tokens, int64_t k0, int64_t depth, const float* center,
-          float* row, float* panels) {
+void pack(const States& states, int64_t token, int64_t tokens, int64_t k0, int64_t depth,
+          const float* center, float* row, float* panels) {
   for (int64_t t = 0; t < tokens; t += kGroup) {
     const int64_t count = tokens - t < kGroup ? tokens - t : kGroup;
-    pack_panel<kDtype, kGroup>(states, token + t, count, k0, depth, center, row, panels + t * depth);
+    pack_panel<kDtype, kGroup>(states, token + t, count, k0, depth, center, row,
+                               panels + t * depth);
   }
 }
 
 // out (rows, cols) = [accumulate ? out : 0] + sum_k a[k][:] b[k][:]
-void multiply(const float* a, const float* b, int64_t depth, bool accumulate, float* out, int64_t ld, int64_t rows,
-              int64_t cols) {
+void multiply(const float* a, const float* b, int64_t depth, bool accumulate, float* out,
+              int64_t ld, int64_t rows, int64_t cols) {
   Vec sums[kRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const Vec b0 = load(b + k * kCols), b1 = load(b + k * kCols + kWidth);
@@ -87,7 +91,8 @@ void multiply(const float* a, const float* b, int64_t depth, bool accumulate, fl
   for (int64_t r = 0; r < rows; ++r) {
     store(lanes, sums[r][0]);
     store(lanes + kWidth, sums[r][1]);
-    for (int64_t c = 0; c < cols; ++c) out[r * ld + c] = accumulate ? out[r * ld + c] + lanes[c] : lanes[c];
+    for (int64_t c = 0; c < cols; ++c)
+      out[r * ld + c] = accumulate ? out[r * ld + c] + lanes[c] : lanes[c];
   }
 }
 
@@ -97,12 +102,14 @@ float direct_cost(const States& states, int64_t i, int64_t j) {
   Vec total = {};
   int64_t k = 0;
   for (; k + kWidth <= states.dim; k += kWidth) {
-    const Vec difference = load_state<kDtype>(states.data, x + k) - load_state<kDtype>(states.data, y + k);
+    const Vec difference =
+        load_state<kDtype>(states.data, x + k) - load_state<kDtype>(states.data, y + k);
     total += difference * difference;
   }
   float rest = 0.f;
   for (; k < states.dim; ++k) {
-    const float difference = state_at<kDtype>(states.data, x + k) - state_at<kDtype>(states.data, y + k);
+    const float difference =
+        state_at<kDtype>(states.data, x + k) - state_at<kDtype>(states.data, y + k);
     rest += difference * difference;
   }
   return __builtin_sqrtf(sum(total) + rest);
@@ -153,7 +160,8 @@ void token_cost(const CostTile& t) {
 }
 
 template <Dtype kDtype>
-void add_states(const States& states, int64_t token, int64_t count, int64_t dim_begin, int64_t dim_end, double* sums) {
+void add_states(const States& states, int64_t token, int64_t count, int64_t dim_begin,
+                int64_t dim_end, double* sums) {
   for (int64_t i = token; i < token + count; ++i) {
     const int64_t base = i * states.dim;
     int64_t k = dim_begin;
@@ -171,7 +179,8 @@ template <Dtype kDtype>
 float squared_norm(const States& states, int64_t token, const float* center) {
   const int64_t base = token * states.dim;
   double total = 0;
-  for (int64_t begin = 0; begin < states.dim; begin += 32 * kWidth) {  // short float32 runs, summed in double
+  for (int64_t begin = 0; begin < states.dim;
+       begin += 32 * kWidth) {  // short float32 runs, summed in double
     const int64_t end = states.dim - begin < 32 * kWidth ? states.dim : begin + 32 * kWidth;
     Vec squares = {};
     int64_t k = begin;
@@ -190,17 +199,21 @@ float squared_norm(const States& states, int64_t token, const float* center) {
   return static_cast<float>(total);
 }
 
-#define SHEAR_BY_DTYPE(function, states, ...)                                  \
-  switch ((states).dtype) {                                                    \
-    case Dtype::kFloat32: return function<Dtype::kFloat32>(__VA_ARGS__);       \
-    case Dtype::kFloat16: return function<Dtype::kFloat16>(__VA_ARGS__);       \
-    case Dtype::kBFloat16: return function<Dtype::kBFloat16>(__VA_ARGS__);     \
-  }                                                                            \
+#define SHEAR_BY_DTYPE(function, states, ...)         \
+  switch ((states).dtype) {                           \
+    case Dtype::kFloat32:                             \
+      return function<Dtype::kFloat32>(__VA_ARGS__);  \
+    case Dtype::kFloat16:                             \
+      return function<Dtype::kFloat16>(__VA_ARGS__);  \
+    case Dtype::kBFloat16:                            \
+      return function<Dtype::kBFloat16>(__VA_ARGS__); \
+  }                                                   \
   __builtin_unreachable();
 
 }  // namespace
 
-void add_states_any(const States& s, int64_t token, int64_t count, int64_t begin, int64_t end, double* sums) {
+void add_states_any(const States& s, int64_t token, int64_t count, int64_t begin, int64_t end,
+                    double* sums) {
   SHEAR_BY_DTYPE(add_states, s, s, token, count, begin, end, sums)
 }
 float squared_norm_any(const States& s, int64_t token, const float* center) {

@@ -1,4 +1,5 @@
-// Work shared by torch's threads: tasks are taken in order from one queue, so that the threads finish together.
+// Work shared by torch's threads: tasks are taken in order from one queue, so that the threads
+// finish together.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -17,7 +18,8 @@ using Buffer = std::unique_ptr<float[], AlignedDelete>;
 
 // Uninitialised floats on a cache line.
 inline Buffer make_buffer(int64_t floats) {
-  return Buffer(static_cast<float*>(::operator new[](sizeof(float) * std::max<int64_t>(floats, 1), std::align_val_t{64})));
+  return Buffer(static_cast<float*>(
+      ::operator new[](sizeof(float) * std::max<int64_t>(floats, 1), std::align_val_t{64})));
 }
 
 inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
@@ -35,7 +37,8 @@ class Workers {
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, std::min(threads_, count), 1, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker)
-        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) task(i, scratch_.get() + worker * stride_);
+        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1))
+          task(i, scratch_.get() + worker * stride_);
     });
   }
 

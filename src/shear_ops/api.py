@@ -135,7 +135,7 @@ def span_weights(
     mask: Tensor | None = None,
     group_ids: Integers,
     labels: Integers,
-    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    config: SpanConfig = SpanConfig(),
     backend: str | None = None,
 ) -> Tensor:
     """Token weights of SHEAR (arXiv 2604.23318, Eq. 2-4, Steps 1-3). Not differentiable.
@@ -173,7 +173,7 @@ def weighted_advantages(
     mask: Tensor | None = None,
     group_ids: Integers,
     labels: Integers,
-    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    config: SpanConfig = SpanConfig(),
     backend: str | None = None,
 ) -> Tensor:
     """Advantages times token weights (Step 4): the sign of an advantage never changes.
@@ -201,8 +201,7 @@ def weighted_advantages(
     batch = weights.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if advantages.shape != (batch,):
         raise ValueError(
-            f"advantages must have shape ({batch},), one per rollout, "
-            f"got {tuple(advantages.shape)}"
+            f"advantages must have shape ({batch},), one per rollout, got {tuple(advantages.shape)}"
         )
     if advantages.device != weights.device:
         raise ValueError(
@@ -221,7 +220,7 @@ def span_distances(
     mask: Tensor | None = None,
     group_ids: Integers,
     labels: Integers,
-    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    config: SpanConfig = SpanConfig(),
     backend: str | None = None,
     prune: bool = True,
 ) -> SpanDistances:
@@ -245,7 +244,8 @@ def span_distances(
         *call.tensors(), **config.op_arguments(), prune=prune
     )
     counts = PairCounts(*(int(n) for n in pairs.tolist()))
-    return SpanDistances(distance, nearest, residual, iterations, *spans.unbind(1), pairs=counts)
+    rollout, begin, end = spans.unbind(1)
+    return SpanDistances(distance, nearest, residual, iterations, rollout, begin, end, counts)
 
 
 def _reference_distances(call: _Call, config: SpanConfig) -> SpanDistances:
@@ -257,7 +257,11 @@ def _reference_distances(call: _Call, config: SpanConfig) -> SpanDistances:
 
 
 def pair_distances(
-    x: Tensor, y: Tensor, *, config: SpanConfig = SpanConfig(), backend: str | None = None  # noqa: B008
+    x: Tensor,
+    y: Tensor,
+    *,
+    config: SpanConfig = SpanConfig(),
+    backend: str | None = None,
 ) -> Tensor:
     """Span distances of all spans of one rollout to all spans of another (the paper's Fig. 11).
 
@@ -377,7 +381,7 @@ def plan(
     group_ids: Integers,
     labels: Integers,
     dim: int,
-    config: SpanConfig = SpanConfig(),  # noqa: B008 (immutable)
+    config: SpanConfig = SpanConfig(),
     threads: int | None = None,
 ) -> Plan:
     """What span_weights will do on the CPU and allocate, without doing it.

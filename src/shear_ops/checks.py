@@ -33,7 +33,7 @@ def check_states(name: str, states: object, dims: tuple[int, ...]) -> Tensor:
 
 
 def as_integers(name: str, values: Tensor | Sequence[int], size: int | None = None) -> Tensor:
-    """Return a 1-d integer tensor on the CPU, as given or from a sequence; raise on anything else."""
+    """Return a 1-d integer tensor on the CPU, given as a tensor or a sequence, or raise."""
     tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
     if not isinstance(values, Tensor) and tensor.numel() == 0:
         tensor = tensor.long()

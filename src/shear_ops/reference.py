@@ -153,7 +153,7 @@ def _next_omega(omega: Tensor, rate: Tensor) -> Tensor:
     """
     rate_at_best = torch.maximum(rate, omega - 1)
     contraction = (rate_at_best + omega - 1) ** 2 / (rate_at_best * omega**2)
-    best = 2 / (1 + (1 - contraction.clamp(max=1 - 1e-6)).sqrt())
+    best = 2 / (1 + (1 - contraction.clamp(max=1 - 1e-7)).sqrt())
     return torch.where(rate < 1, best, 1.0)
 
 
@@ -241,21 +241,31 @@ def span_distances(
 def span_weights(
     hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, **parameters: Any
 ) -> Tensor:
-    """Steps 2 and 3: token weights (N,) in float64, for Step 4 to multiply the advantages by.
+    """Steps 1 to 3: token weights (N,) in float64, for Step 4 to multiply the advantages by.
 
     Arguments as in span_distances. Tokens without an opposing set have weight 1.
     """
+    arguments = (hidden, cu_seqlens, group_ids, labels)
+    return token_weights(span_distances(*arguments, **parameters), *arguments, **parameters)
+
+
+def token_weights(
+    found: Distances,
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    group_ids: Tensor,
+    labels: Tensor,
+    **parameters: Any,
+) -> Tensor:
+    """Steps 2 and 3: of the span distances found, the token weights (N,)."""
     p = Parameters(**parameters)
     states, offsets = _states(hidden, p), cu_seqlens.tolist()
-    found = span_distances(hidden, cu_seqlens, group_ids, labels, **parameters)
     weights = states.new_ones(len(states))
     for correct, incorrect, mean_norm in _mixed_groups(states, cu_seqlens, group_ids, labels):
         for i in correct + incorrect:
-            of_rollout = slice(offsets[i], offsets[i + 1])
-            divisor = {
-                "group": mean_norm,
-                "rollout": states[of_rollout].norm(dim=1).mean().item(),
-            }[p.normalization]
+            tokens = slice(offsets[i], offsets[i + 1])
+            of_rollout = states[tokens].norm(dim=1).mean().item()
+            divisor = {"group": mean_norm, "rollout": of_rollout}[p.normalization]
             t = torch.arange(offsets[i], offsets[i + 1], device=states.device)[:, None]
             mine = found.rollout == i
             covers = (found.begin[mine] <= t) & (t < found.end[mine])  # (T, K)
@@ -265,7 +275,7 @@ def span_weights(
                 "mean": distances.where(covers, 0.0).sum(1) / covers.sum(1),
             }[p.pooling]
             # all states zero: every distance is 0, and so is the mean norm
-            weights[of_rollout] = torch.where(pooled == 0, 0.0, pooled / divisor)
+            weights[tokens] = torch.where(pooled == 0, 0.0, pooled / divisor)
     return weights
 
 

@@ -57,11 +57,9 @@ def _mark_non_differentiable(
 
 
 def _no_gradients(ctx: Any, *grads: Any) -> tuple[None, ...]:
-    return (None,) * ctx.inputs
+    return tuple(None for _ in range(ctx.inputs))
 
 
-# Without this the outputs claim requires_grad=True, backward() gives None, and opcheck still passes.
+# Without this the outputs claim requires_grad=True, backward() gives None, and opcheck passes.
 for _name in ("span_weights", "span_distances", "pair_distances", "sinkhorn"):
-    register_autograd(
-        f"shear::{_name}", _no_gradients, setup_context=_mark_non_differentiable
-    )
+    register_autograd(f"shear::{_name}", _no_gradients, setup_context=_mark_non_differentiable)

@@ -1,0 +1,211 @@
+"""Rollout files: hidden states, groups and labels of rollouts in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .api import SpanDistances
+from .checks import STATE_DTYPES
+
+
+class RolloutFileError(ValueError):
+    """A rollout file that cannot be used, in one line."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A batch of B rollouts in the packed layout, N tokens in all.
+
+    Attributes:
+        hidden: (N, d). cu_seqlens: (B + 1,) int64. group_ids: (B,) int64.
+        labels: (B,) int8: 1 correct, 0 incorrect, -1 ignored.
+        tokens: (N,) int64 indices into vocabulary, or None.
+        first_wrong: (B,) int64 position in the rollout of the first wrong token, -1 unknown.
+        mask: (B, T) of a padded file, else None. vocabulary, prompts, source: texts, may be empty.
+    """
+
+    hidden: Tensor
+    cu_seqlens: Tensor
+    group_ids: Tensor
+    labels: Tensor
+    tokens: Tensor | None = None
+    first_wrong: Tensor | None = None
+    mask: Tensor | None = None
+    vocabulary: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    source: str = ""
+
+    def __len__(self) -> int:
+        """Return the number of rollouts."""
+        return len(self.labels)
+
+    def tokens_of(self, rollout: int) -> slice:
+        """Return where a rollout is among the N tokens."""
+        return slice(int(self.cu_seqlens[rollout]), int(self.cu_seqlens[rollout + 1]))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of span_weights."""
+        return {
+            "hidden": self.hidden,
+            "cu_seqlens": self.cu_seqlens,
+            "group_ids": self.group_ids,
+            "labels": self.labels,
+        }
+
+    def text_of(self, rollout: int) -> list[str]:
+        """Return the tokens of a rollout as texts, or a dot for each if the file has none."""
+        where = self.tokens_of(rollout)
+        if self.tokens is None:
+            return ["·"] * (where.stop - where.start)
+        ids = self.tokens[where].tolist()
+        return [self.vocabulary[i] for i in ids] if self.vocabulary else [f"{i} " for i in ids]
+
+    def group(self, group_id: int) -> Rollouts:
+        """Return the rollouts of one group as a batch of its own, packed."""
+        members = [i for i in range(len(self)) if int(self.group_ids[i]) == group_id]
+        rows = torch.cat([torch.arange(len(self.hidden))[self.tokens_of(i)] for i in members])
+        lengths = self.cu_seqlens.diff()[members]
+        return Rollouts(
+            self.hidden[rows],
+            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            self.group_ids[members],
+            self.labels[members],
+            None if self.tokens is None else self.tokens[rows],
+            None if self.first_wrong is None else self.first_wrong[members],
+            vocabulary=self.vocabulary,
+        )
+
+
+def shipped_rollouts() -> Path:
+    """Return the path of the recorded arithmetic rollouts that come with the package."""
+    return Path(str(resources.files("shear_ops") / "data" / "arithmetic.safetensors"))
+
+
+def load_rollouts(path: Path) -> Rollouts:
+    """Read and check a rollout file; padded files are packed.
+
+    Tensors: hidden (N, d) with cu_seqlens (B + 1), or hidden (B, T, d) with mask (B, T);
+    group_ids (B); labels (B). Optional: tokens (N) or (B, T); first_wrong (B). Metadata, optional:
+    vocabulary and prompts (JSON lists of strings), source.
+
+    Raises:
+        RolloutFileError: naming the tensor, what was seen and what is wanted.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise RolloutFileError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise RolloutFileError(f"{path}: not a readable safetensors file ({reason})") from error
+    try:
+        return _rollouts(tensors, metadata)
+    except RolloutFileError as error:
+        raise RolloutFileError(f"{path}: {error}") from error
+
+
+def _rollouts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Rollouts:
+    layout = "mask" if "mask" in tensors else "cu_seqlens"
+    missing = {"hidden", layout, "group_ids", "labels"} - tensors.keys()
+    if missing:
+        raise RolloutFileError(
+            f"tensors {sorted(missing)} are missing (of hidden, cu_seqlens or mask, group_ids, "
+            f"labels), the file has {sorted(tensors)[:8]}"
+        )
+    hidden, mask = tensors["hidden"], tensors.get("mask")
+    _want(hidden.dtype in STATE_DTYPES, "hidden", hidden.dtype, "float32, float16 or bfloat16")
+    _want(hidden.dim() == (3 if layout == "mask" else 2), "hidden", _shape(hidden),
+          "(B, T, d) with mask or (N, d) with cu_seqlens")  # fmt: skip
+    for name in ("group_ids", "labels", "tokens", "first_wrong", layout):
+        if name in tensors:
+            whole = not tensors[name].is_floating_point() and not tensors[name].is_complex()
+            _want(whole, name, tensors[name].dtype, "integers")
+    labels, group_ids = tensors["labels"].long(), tensors["group_ids"].long()
+    _want(labels.dim() == 1, "labels", _shape(labels), "(B,)")
+    batch = len(labels)
+    _want(group_ids.shape == (batch,), "group_ids", _shape(group_ids), f"({batch},)")
+    _want(bool(((labels >= -1) & (labels <= 1)).all()), "labels", sorted(set(labels.tolist()))[:5],
+          "1, 0 or -1")  # fmt: skip
+    tokens = tensors.get("tokens")
+    if mask is not None:
+        _want(mask.shape == hidden.shape[:2], "mask", _shape(mask), str(tuple(hidden.shape[:2])))
+        _want(len(mask) == batch, "mask", _shape(mask), f"({batch}, T)")
+        mask = mask.bool()
+        if tokens is not None:
+            _want(tokens.shape == mask.shape, "tokens", _shape(tokens), str(tuple(mask.shape)))
+            tokens = tokens[mask]
+        hidden, offsets = hidden[mask], torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    else:
+        offsets = tensors["cu_seqlens"].long()
+        _want(offsets.shape == (batch + 1,), "cu_seqlens", _shape(offsets), f"({batch + 1},)")
+        rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0
+        _want(rising, "cu_seqlens", "other offsets", "0 first, then never decreasing")
+        _want(int(offsets[-1]) == len(hidden), "cu_seqlens", f"{int(offsets[-1])} at its end",
+              f"{len(hidden)}, the number of tokens")  # fmt: skip
+    _want(bool(hidden.isfinite().all()), "hidden", "NaN or Inf", "finite states")
+    first_wrong = tensors.get("first_wrong")
+    if first_wrong is not None:
+        _want(first_wrong.shape == (batch,), "first_wrong", _shape(first_wrong), f"({batch},)")
+        inside = (first_wrong >= -1) & ((first_wrong < offsets.diff()) | (first_wrong == -1))
+        _want(bool(inside.all()), "first_wrong", "other positions", "-1 or inside the rollout")
+    vocabulary, prompts = _texts(metadata, "vocabulary"), _texts(metadata, "prompts")
+    if tokens is not None:
+        _want(tokens.shape == (len(hidden),), "tokens", _shape(tokens), f"({len(hidden)},)")
+        top = int(tokens.max()) if len(tokens) else 0
+        if vocabulary:
+            fits = len(tokens) == 0 or (int(tokens.min()) >= 0 and top < len(vocabulary))
+            _want(fits, "tokens", f"ids up to {top}", f"ids below {len(vocabulary)} (vocabulary)")
+    return Rollouts(hidden, offsets, group_ids, labels.to(torch.int8), tokens, first_wrong, mask,
+                    vocabulary, prompts, metadata.get("source", ""))  # fmt: skip
+
+
+def _want(ok: bool, name: str, seen: object, wanted: str) -> None:
+    if not ok:
+        raise RolloutFileError(f"{name} must be {wanted}, got {seen}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def _texts(metadata: dict[str, str], name: str) -> list[str]:
+    try:
+        texts: Any = json.loads(metadata.get(name, "[]"))
+    except json.JSONDecodeError:
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise RolloutFileError(f"metadata {name} must be a JSON list of strings")
+    return texts
+
+
+def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDistances) -> None:
+    """Write weights in the layout of the input, and what every span found."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        "group_ids": rollouts.group_ids,
+        "labels": rollouts.labels,
+        "span_distance": found.distance,
+        "span_nearest": found.nearest,
+        "span_rollout": found.rollout,
+        "span_begin": found.begin,
+        "span_end": found.end,
+    }
+    if rollouts.mask is None:
+        tensors |= {"weights": weights, "cu_seqlens": rollouts.cu_seqlens}
+    else:
+        padded = torch.ones(rollouts.mask.shape)
+        padded[rollouts.mask] = weights
+        tensors |= {"weights": padded, "mask": rollouts.mask}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
