@@ -53,9 +53,6 @@ def numbers(*values: float) -> Tensor:
     return torch.tensor(values)[:, None]
 
 
-# ---------------------------------------------------------------- spans
-
-
 SPANS: list[tuple[int, int, int, list[tuple[int, int]]]] = [
     (0, 4, 2, []),
     (1, 4, 2, [(0, 1)]),
@@ -86,9 +83,6 @@ def test_spans_cover_every_token_and_end_at_the_last() -> None:
             assert all(b - a == span for a, b in seen[:-1])
             if len(seen) > 1:
                 assert span - stride < seen[-1][1] - seen[-1][0] <= span
-
-
-# ---------------------------------------------------------------- one pair
 
 
 def test_token_cost_is_exact_where_the_gram_form_is_not() -> None:
@@ -217,8 +211,9 @@ def test_stops_when_the_residual_is_small_and_not_when_it_is_large() -> None:
         seen = reference.sinkhorn(cost, 0.3, tol=tol)
         assert (seen.residual <= tol).all()
         assert (seen.iterations >= before).all()
-        shorter = reference.sinkhorn(cost[:1], 0.3, int(seen.iterations[0]) - 1, tol)
-        assert tol == 10.0 or shorter.residual[0] > 0.1 * tol  # it did not go on for long
+        taken = int(seen.iterations[0])
+        last_look = max(1, taken - reference.CHECK_EVERY)
+        assert taken == 1 or reference.sinkhorn(cost[:1], 0.3, last_look, tol).residual[0] > tol
         before = seen.iterations
     assert before.min() > 10
     assert (reference.sinkhorn(cost, 0.3, tol=10.0).iterations == 1).all()
@@ -258,9 +253,6 @@ def test_cost_must_be_finite() -> None:
     cost[2, 1, 1] = torch.nan
     with pytest.raises(ValueError, match="cost must be finite"):
         reference.sinkhorn(cost, 0.1)
-
-
-# ---------------------------------------------------------------- closed forms
 
 
 def test_repeated_points_are_one() -> None:
@@ -306,9 +298,6 @@ def test_chamfer_mmd_and_cosine_by_hand() -> None:
     assert reference.cosine(a, b, mean_norm=7.0).item() == pytest.approx(7 * (1 - cos))
     assert reference.cosine(a, b - b, mean_norm=7.0).item() == 7.0
     assert reference.cosine(a, -a, mean_norm=7.0).item() == pytest.approx(14.0)
-
-
-# ---------------------------------------------------------------- the steps, by hand
 
 
 def test_steps_with_one_token_spans() -> None:
@@ -435,9 +424,6 @@ def test_exact_without_pot_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         reference.span_weights(*LINE, distance="exact")
 
 
-# ---------------------------------------------------------------- the whole table, by loops
-
-
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_pipeline_against_loops(problem: Problem) -> None:
     """Spans, groups, minima, norms and pooling of every problem, with a cheap distance."""
@@ -460,9 +446,6 @@ def test_table_is_not_trivial() -> None:
         varied += len(weights) > 0 and weights.max().item() - weights.min().item() > 1e-3
     assert varied >= 0.75 * len(PROBLEMS)
     assert {torch.float16 in p.dtypes for p in PROBLEMS} == {True, False}
-
-
-# ---------------------------------------------------------------- invariances
 
 
 INVARIANT: dict[str, dict[str, Any]] = {
@@ -563,9 +546,6 @@ def test_order_of_rollouts_and_other_groups_change_nothing() -> None:
     ).split([12, *(len(rollouts[i]) for i in order), 12])
     for part, i in zip(seen[1:-1], order, strict=True):
         assert torch.allclose(part, wanted[i], rtol=1e-10)
-
-
-# ---------------------------------------------------------------- slow problems say so
 
 
 @pytest.mark.parametrize("name", ["two clusters", "two clusters, reg 0.01", "reg 0.005"])

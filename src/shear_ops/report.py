@@ -46,7 +46,8 @@ def html_report(scores: Scores, summary: dict[str, Any], rollout: int) -> str:
     }
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>shear_ops report</title><style>{_STYLE}</style></head><body><h1>Token weights</h1>",
+        f"<title>shear_ops report</title><style>{_STYLE}</style></head>",
+        "<body><h1>Token weights</h1>",
         f"<p>{html.escape(summary['source'])}</p><div class='figures'>",
         *(f"<div><b>{html.escape(v)}</b>{html.escape(k)}</div>" for k, v in figures.items()),
         f"</div><p>{html.escape(verdict(summary))}</p><h2>Groups</h2>",

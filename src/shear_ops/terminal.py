@@ -17,7 +17,11 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
     rollouts = scores.rollouts
     if len(rollouts):
         console.print(_colored(scores, shown))
-        table = Table(box=SIMPLE, title="groups: token weights, AUC of the first wrong step")
+        table = Table(
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
+            title="groups: token weights, AUC of the first wrong step",
+        )
         for name in summary["groups"][0]:
             table.add_column(name, justify="right", no_wrap=True)
         for row in summary["groups"]:
