@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format oldest-torch clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
@@ -32,6 +32,13 @@ $(VENV)/dependencies: requirements-dev.txt
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	touch $@
+
+# Compiles against the headers of the oldest supported torch (a download of 0.9 GB, so not part of `make test`).
+oldest-torch: $(VENV)/dependencies
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/oldest torch==2.10.0
+	cd build/oldest && unzip -q -o torch-2.10.0*.whl 'torch/include/*' torch/lib/libtorch.so torch/lib/libtorch_cpu.so
+	TORCH_DIR=$(CURDIR)/build/oldest/torch $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
+	  --config-settings=build-dir=build/oldest/cmake --wheel-dir build/oldest .
 
 clean:
 	rm -rf $(VENV) build dist
