@@ -25,11 +25,11 @@ def points(seed: int, batch: int, n: int, m: int, dim: int) -> tuple[torch.Tenso
 
 def pot(cost: torch.Tensor, reg: float) -> float:
     plan = ot.sinkhorn([], [], cost.double().numpy(), reg, method="sinkhorn_log",
-                       numItermax=200_000, stopThr=1e-9, warn=False)  # fmt: skip
+                       numItermax=20_000, stopThr=1e-9, warn=False)  # fmt: skip
     return float((torch.from_numpy(plan) * cost).sum())
 
 
-@pytest.mark.parametrize("reg", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("reg", [0.1, 0.3, 1.0])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (20, 20), (33, 17), (100, 75)])
 def test_against_pot(size: tuple[int, int], reg: float) -> None:
     x, y = points(1, 3, *size, dim=8)
