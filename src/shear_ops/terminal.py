@@ -22,13 +22,11 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
             padding=(0, 1, 0, 0),
             title="groups: token weights, AUC of the first wrong step",
         )
-        for name in summary["groups"][0]:
+        columns = [name for name in summary["groups"][0] if name != "rollouts"]  # fits 80 columns
+        for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
         for row in summary["groups"]:
-            table.add_row(*(
-                "–" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
-                for v in row.values()
-            ))  # fmt: skip
+            table.add_row(*(_cell(row[name]) for name in columns))
         console.print(table)
     pairs = summary["pairs"]
     console.print(
@@ -55,6 +53,10 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
         )
     for what, path in summary["written"].items():
         console.print(f"{what}: {path}", soft_wrap=True)
+
+
+def _cell(value: object) -> str:
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _colored(scores: Scores, rollout: int) -> Text:
