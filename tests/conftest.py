@@ -8,7 +8,11 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fill every tensor that torch allocates empty with NaN, so that an unwritten output shows."""
+    """Fill every tensor that torch allocates empty with NaN, so that an unwritten output shows.
+
+    One thread: the reference's many small operations stall when the cores are shared.
+    """
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from . import backends, build_info, cpu_isa
 from .config import CHOICES, SpanConfig
 from .report import html_report
-from .rollouts import Rollouts, load_rollouts, save_scores, shipped_rollouts
+from .rollouts import Rollouts, check_output, load_rollouts, save_scores, shipped_rollouts
 from .summary import Scores, reference_check, score_rollouts, shown_rollout, summarize
 from .terminal import print_summary
 
@@ -106,8 +106,7 @@ def score(
     out = out or file.with_suffix(".weights.safetensors")
     if out.resolve() == file.resolve():
         raise click.UsageError(f"--out is the input file {file}")
-    if not out.parent.is_dir():
-        raise click.UsageError(f"--out: no such folder {out.parent}")
+    check_output(out)
     rollouts = load_rollouts(file)
     scores = _run(rollouts, options, report, reference, {"weights": str(out)})
     save_scores(out, rollouts, scores.weights, scores.found)
@@ -166,8 +165,8 @@ def _run(
     as_json, backend = options.pop("as_json"), options.pop("backend")
     shown = shown_rollout(rollouts, options.pop("rollout"))
     config = SpanConfig(**options)
-    if report is not None and not report.parent.is_dir():
-        raise click.UsageError(f"--report: no such folder {report.parent}")
+    if report is not None:
+        check_output(report)
     written = dict(written or {})
     with _progress(quiet=as_json) as bar:
         task = bar.add_task("scoring", total=2 + reference)

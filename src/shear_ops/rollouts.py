@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,14 @@ from torch import Tensor
 
 from .api import SpanDistances
 from .checks import STATE_DTYPES
+
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+# What a text of a foreign file must not do to a terminal: control characters are shown as pictures,
+# other invisible controls (C1, changes of direction) as the replacement character.
+_SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    code: 0xFFFD for code in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 class RolloutFileError(ValueError):
@@ -28,7 +37,8 @@ class Rollouts:
         labels: (B,) int8: 1 correct, 0 incorrect, -1 ignored.
         tokens: (N,) int64 indices into vocabulary, or None.
         first_wrong: (B,) int64 position in the rollout of the first wrong token, -1 unknown.
-        mask: (B, T) of a padded file, else None. vocabulary, prompts, source: texts, may be empty.
+        mask: (B, T) of a padded file, else None. vocabulary, prompts, source: texts to print, may
+            be empty.
     """
 
     hidden: Tensor
@@ -123,51 +133,63 @@ def _rollouts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Rollouts:
             f"tensors {sorted(missing)} are missing (of hidden, cu_seqlens or mask, group_ids, "
             f"labels), the file has {sorted(tensors)[:8]}"
         )
-    hidden, mask = tensors["hidden"], tensors.get("mask")
-    _want(hidden.dtype in STATE_DTYPES, "hidden", hidden.dtype, "float32, float16 or bfloat16")
-    _want(hidden.dim() == (3 if layout == "mask" else 2), "hidden", _shape(hidden),
-          "(B, T, d) with mask or (N, d) with cu_seqlens")  # fmt: skip
     for name in ("group_ids", "labels", "tokens", "first_wrong", layout):
         if name in tensors:
-            whole = not tensors[name].is_floating_point() and not tensors[name].is_complex()
-            _want(whole, name, tensors[name].dtype, "integers")
+            dtype = tensors[name].dtype
+            _want(dtype in INTEGERS, name, dtype, "integers of a signed type, uint8 or bool")
     labels, group_ids = tensors["labels"].long(), tensors["group_ids"].long()
     _want(labels.dim() == 1, "labels", _shape(labels), "(B,)")
     batch = len(labels)
     _want(group_ids.shape == (batch,), "group_ids", _shape(group_ids), f"({batch},)")
     _want(bool(((labels >= -1) & (labels <= 1)).all()), "labels", sorted(set(labels.tolist()))[:5],
           "1, 0 or -1")  # fmt: skip
-    tokens = tensors.get("tokens")
-    if mask is not None:
-        _want(mask.shape == hidden.shape[:2], "mask", _shape(mask), str(tuple(hidden.shape[:2])))
-        _want(len(mask) == batch, "mask", _shape(mask), f"({batch}, T)")
-        mask = mask.bool()
-        if tokens is not None:
-            _want(tokens.shape == mask.shape, "tokens", _shape(tokens), str(tuple(mask.shape)))
-            tokens = tokens[mask]
-        hidden, offsets = hidden[mask], torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    else:
-        offsets = tensors["cu_seqlens"].long()
-        _want(offsets.shape == (batch + 1,), "cu_seqlens", _shape(offsets), f"({batch + 1},)")
-        rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0
-        _want(rising, "cu_seqlens", "other offsets", "0 first, then never decreasing")
-        _want(int(offsets[-1]) == len(hidden), "cu_seqlens", f"{int(offsets[-1])} at its end",
-              f"{len(hidden)}, the number of tokens")  # fmt: skip
+    hidden, offsets, tokens, mask = _packed(tensors, batch)
     _want(bool(hidden.isfinite().all()), "hidden", "NaN or Inf", "finite states")
     first_wrong = tensors.get("first_wrong")
     if first_wrong is not None:
+        first_wrong = first_wrong.long()
         _want(first_wrong.shape == (batch,), "first_wrong", _shape(first_wrong), f"({batch},)")
-        inside = (first_wrong >= -1) & ((first_wrong < offsets.diff()) | (first_wrong == -1))
-        _want(bool(inside.all()), "first_wrong", "other positions", "-1 or inside the rollout")
+        lengths = offsets.diff().tolist()
+        for i, (first, length) in enumerate(zip(first_wrong.tolist(), lengths, strict=True)):
+            seen = f"{first} for rollout {i} of {length} tokens"
+            _want(-1 <= first < max(length, 0), "first_wrong", seen, "-1 or inside the rollout")
     vocabulary, prompts = _texts(metadata, "vocabulary"), _texts(metadata, "prompts")
-    if tokens is not None:
-        _want(tokens.shape == (len(hidden),), "tokens", _shape(tokens), f"({len(hidden)},)")
-        top = int(tokens.max()) if len(tokens) else 0
-        if vocabulary:
-            fits = len(tokens) == 0 or (int(tokens.min()) >= 0 and top < len(vocabulary))
-            _want(fits, "tokens", f"ids up to {top}", f"ids below {len(vocabulary)} (vocabulary)")
+    _want(len(prompts) in (0, batch), "metadata prompts", f"{len(prompts)} texts", f"{batch} texts")
+    if vocabulary and tokens is not None and len(tokens):
+        low, high = int(tokens.min()), int(tokens.max())
+        _want(low >= 0 and high < len(vocabulary), "tokens", f"{low} to {high}",
+              f"0 to {len(vocabulary) - 1} (ids in the vocabulary)")  # fmt: skip
     return Rollouts(hidden, offsets, group_ids, labels.to(torch.int8), tokens, first_wrong, mask,
-                    vocabulary, prompts, metadata.get("source", ""))  # fmt: skip
+                    vocabulary, prompts, _shown(metadata.get("source", "")))  # fmt: skip
+
+
+def _packed(
+    tensors: dict[str, Tensor], batch: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Check the layout; return hidden (N, d), offsets (B + 1,), tokens (N,), mask of the file."""
+    hidden, mask, tokens = tensors["hidden"], tensors.get("mask"), tensors.get("tokens")
+    _want(hidden.dtype in STATE_DTYPES, "hidden", hidden.dtype, "float32, float16 or bfloat16")
+    _want(hidden.dim() == (2 if mask is None else 3), "hidden", _shape(hidden),
+          "(B, T, d) with mask or (N, d) with cu_seqlens")  # fmt: skip
+    _want(hidden.shape[-1] > 0, "hidden", _shape(hidden), "of at least one dimension d")
+    if mask is None:
+        offsets = tensors["cu_seqlens"].long()
+        _want(offsets.shape == (batch + 1,), "cu_seqlens", _shape(offsets), f"({batch + 1},)")
+        rising = bool((offsets[1:] >= offsets[:-1]).all()) and int(offsets[0]) == 0
+        _want(rising, "cu_seqlens", "other offsets", "0 first, then never decreasing")
+        _want(int(offsets[-1]) == len(hidden), "cu_seqlens", f"{int(offsets[-1])} at its end",
+              f"{len(hidden)}, the number of tokens")  # fmt: skip
+    else:
+        _want(mask.shape == hidden.shape[:2], "mask", _shape(mask), str(tuple(hidden.shape[:2])))
+        _want(len(mask) == batch, "mask", _shape(mask), f"({batch}, T)")
+        _want(bool(((mask == 0) | (mask == 1)).all()), "mask", "other values", "0 and 1")
+        mask = mask.bool()
+        offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    if tokens is not None:
+        wanted = (len(hidden),) if mask is None else tuple(mask.shape)
+        _want(tokens.shape == wanted, "tokens", _shape(tokens), str(wanted))
+        tokens = (tokens if mask is None else tokens[mask]).long()
+    return hidden if mask is None else hidden[mask], offsets, tokens, mask
 
 
 def _want(ok: bool, name: str, seen: object, wanted: str) -> None:
@@ -182,16 +204,43 @@ def _shape(tensor: Tensor) -> str:
 def _texts(metadata: dict[str, str], name: str) -> list[str]:
     try:
         texts: Any = json.loads(metadata.get(name, "[]"))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         texts = None
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise RolloutFileError(f"metadata {name} must be a JSON list of strings")
-    return texts
+    return [_shown(t) for t in texts]
+
+
+def _shown(text: str) -> str:
+    """A text that any terminal and any UTF-8 file can take."""
+    return text.translate(_SHOWN).encode("utf-8", "replace").decode()
+
+
+def check_output(path: Path) -> Path:
+    """Return path if a file can be written there; raise ValueError in one line if not.
+
+    An existing file is replaced, anything else (a folder, a device) is refused: safetensors writes
+    a new file and renames it onto the path, which would replace a device such as /dev/full.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: no such folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"cannot write {path}: it exists and is not a regular file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: permission denied")
+    return path
 
 
 def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDistances) -> None:
-    """Write weights in the layout of the input, and what every span found."""
+    """Write weights in the layout of the input, and what every span found.
+
+    Raises:
+        ValueError, OSError: if the file cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
+
+    check_output(path)
 
     tensors = {
         "group_ids": rollouts.group_ids,
@@ -208,4 +257,7 @@ def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDist
         padded = torch.ones(rollouts.mask.shape)
         padded[rollouts.mask] = weights
         tensors |= {"weights": padded, "mask": rollouts.mask}
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # not an OSError, even for a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
