@@ -103,8 +103,8 @@ class Planner {
 }  // namespace
 
 int64_t sinkhorn_scratch_floats(int64_t n, int64_t m) {
-  const int64_t rows = round_up(n, 4), cols = round_up(m, kCostPad);
-  return 2 * rows * cols + 3 * rows + 4 * cols;
+  const int64_t rows = round_up(n, kRowPad), cols = round_up(m, kCostPad);
+  return 2 * rows * cols + 4 * round_up(n, kCostPad) + 4 * cols;
 }
 
 Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads) {

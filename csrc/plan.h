@@ -42,6 +42,7 @@ struct Plan {
 
 constexpr int64_t kChunkBytes = int64_t{768} << 20;  // leaves room for scratch under 1 GiB
 constexpr int64_t kCostPad = 16;                     // floats: rows of costs start on a cache line
+constexpr int64_t kRowPad = 8;                       // rows of a pair are solved in groups
 constexpr int64_t kBytesPerPair = 16;  // value, residual, iterations, position in the queue
 
 Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads);
@@ -49,8 +50,9 @@ Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_
 // Floats of scratch that solving one pair of an n-token and an m-token span takes.
 int64_t sinkhorn_scratch_floats(int64_t n, int64_t m);
 
-// Floats of scratch for packed panels of states, per thread: see csrc/cpu/token_cost.cpp.
-constexpr int64_t kTileRows = 384, kTileCols = 768, kTileDepth = 192;
-constexpr int64_t kPanelFloats = (kTileRows + kTileCols) * kTileDepth + kTileDepth;
+// Tokens of one task of token costs, and dimensions taken at a time: a panel of all rows stays in
+// the second-level cache. Its scratch, with room for the columns at hand: csrc/cpu/token_cost.cpp.
+constexpr int64_t kTileRows = 384, kTileCols = 768, kTileDepth = 384;
+constexpr int64_t kPanelFloats = (kTileRows + 96) * kTileDepth;
 
 }  // namespace shear

@@ -45,6 +45,15 @@ void add(float* a, const float* b, int64_t count) {
   for (int64_t k = 0; k < count; ++k) a[k] += b[k];
 }
 
+bool finite(const float* row, int64_t count) {
+  Vec total = {};  // 0 times Inf or NaN is NaN
+  int64_t j = 0;
+  for (; j + kWidth <= count; j += kWidth) total += load(row + j) * 0.f;
+  float rest = sum(total);
+  for (; j < count; ++j) rest += row[j] * 0.f;
+  return rest == 0.f;
+}
+
 void rbf(float* cost, int64_t count, float sigma) {
   const float to_exponent = -0.72134752f / (sigma * sigma);  // log2(e) / 2
   int64_t k = 0;

@@ -8,20 +8,29 @@
 
 namespace shear::cpu {
 
-#define SHEAR_DECLARE(set)                                                                 \
-  namespace set {                                                                          \
-  void add_states_any(const States&, int64_t, int64_t, int64_t, int64_t, double*);         \
-  float squared_norm_any(const States&, int64_t, const float*);                            \
-  void token_cost_any(const CostTile&);                                                    \
-  void window_min(const float*, const Window*, int64_t, float*);                           \
-  void window_sum(const float*, const Window*, int64_t, float*);                           \
-  void column_min(const float*, int64_t, int64_t, int64_t, float*);                        \
-  void add(float*, const float*, int64_t);                                                 \
-  void rbf(float*, int64_t, float);                                                        \
-  PairOutput sinkhorn(const PairInput&, float*);                                           \
-  constexpr Kernels kKernels{#set,       add_states_any, squared_norm_any, token_cost_any, \
-                             window_min, window_sum,     column_min,       add,            \
-                             rbf,        sinkhorn};                                        \
+#define SHEAR_DECLARE(set)                                                         \
+  namespace set {                                                                  \
+  void add_states_any(const States&, int64_t, int64_t, int64_t, int64_t, double*); \
+  float squared_norm_any(const States&, int64_t, const float*);                    \
+  void token_cost_any(const CostTile&);                                            \
+  void window_min(const float*, const Window*, int64_t, float*);                   \
+  void window_sum(const float*, const Window*, int64_t, float*);                   \
+  void column_min(const float*, int64_t, int64_t, int64_t, float*);                \
+  void add(float*, const float*, int64_t);                                         \
+  bool finite(const float*, int64_t);                                              \
+  void rbf(float*, int64_t, float);                                                \
+  PairOutput sinkhorn(const PairInput&, float*);                                   \
+  constexpr Kernels kKernels{#set,                                                 \
+                             add_states_any,                                       \
+                             squared_norm_any,                                     \
+                             token_cost_any,                                       \
+                             window_min,                                           \
+                             window_sum,                                           \
+                             column_min,                                           \
+                             add,                                                  \
+                             finite,                                               \
+                             rbf,                                                  \
+                             sinkhorn};                                            \
   }
 
 SHEAR_DECLARE(portable)

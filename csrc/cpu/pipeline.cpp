@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "cpu/tiles.h"
+#include "stage.h"
 
 namespace shear::cpu {
 namespace {
@@ -79,6 +80,7 @@ Pipeline::Pipeline(const States& states, const Problem& problem, const Config& c
 }
 
 void Pipeline::token_costs(const Chunk& chunk, float* costs) const {
+  const Stage stage("shear::token_costs");
   const auto tasks = tasks_of(
       chunk, [](const Block& block) { return std::pair(block.row_tokens, block.col_tokens); });
   workers_.run(static_cast<int64_t>(tasks.size()), [&](int64_t task, float* scratch) {
@@ -94,6 +96,7 @@ void Pipeline::token_costs(const Chunk& chunk, float* costs) const {
 
 // For every row token and column span: the smallest cost, or for mmd the sum of similarities.
 void Pipeline::row_windows(const Chunk& chunk, float* costs, float* windows) const {
+  const Stage stage("shear::bounds");
   std::vector<std::vector<Window>> spans;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // block, first row
   for (size_t i = 0; i < chunk.blocks.size(); ++i) {
@@ -119,6 +122,7 @@ void Pipeline::row_windows(const Chunk& chunk, float* costs, float* windows) con
 // Every pair's bound max(R, Q); for the distances made of the same reductions, the distance itself.
 void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windows,
                       float* values) const {
+  const Stage stage("shear::bounds");
   std::vector<std::vector<Window>> spans;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // block, row span within it
   for (size_t i = 0; i < chunk.blocks.size(); ++i) {
@@ -164,6 +168,7 @@ void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windo
 }
 
 void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
+  const Stage stage("shear::solve");
   std::vector<uint32_t> queue(pairs.value.size());
   std::iota(queue.begin(), queue.end(), 0u);
   if (config_.prune)  // best first: what is solved early prunes the most
@@ -249,6 +254,7 @@ void Pipeline::cosine_distances(const Chunk& chunk, float* values) const {
 }
 
 void Pipeline::collect(const Chunk& chunk, const Pairs& pairs) {
+  const Stage stage("shear::nearest_spans");
   const bool mean = config_.aggregation == Aggregation::kMean;
   const auto offer = [&](int64_t span, int64_t other, int64_t p) {
     Nearest& best = nearest_[span];

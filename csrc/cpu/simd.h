@@ -56,12 +56,50 @@ inline Vec keep_first(Vec a, int count, float fill) {
   for (int i = 0; i < kWidth; ++i) a[i] = i < count ? a[i] : fill;
   return a;
 }
+// The last `rest` < kWidth floats of a row of `count`, then `fill`. Reads nothing outside the row.
+inline Vec load_rest(const float* row, int64_t count, int rest, float fill) {
+  Vec last;
+  VecI lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  if (count >= kWidth) {
+    last = __builtin_shuffle(load(row + count - kWidth), (lane + (kWidth - rest)) & (kWidth - 1));
+  } else {
+    last = Vec{};
+    for (int i = 0; i < rest; ++i) last[i] = row[i];
+  }
+  return lane < rest ? last : broadcast(fill);
+}
 // Reads `count` floats, never more.
 inline Vec load_first(const float* p, int64_t count, float fill) {
-  if (count >= kWidth) return load(p);
+  if (__builtin_expect(count >= kWidth, 1)) return load(p);
   float lanes[kWidth];
   for (int i = 0; i < kWidth; ++i) lanes[i] = i < count ? p[i] : fill;
   return load(lanes);
+}
+
+// Element i of the first half and element i of the second half side by side, for every i.
+inline void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+#if SHEAR_WIDTH == 4
+  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#elif SHEAR_WIDTH == 8
+  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high =
+      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#endif
+}
+
+// A square of floats, in log2(kWidth) perfect shuffles.
+inline void transpose(Vec (&rows)[kWidth]) {
+  Vec shuffled[kWidth];
+  for (int step = 1; step < kWidth; step *= 2) {
+    for (int i = 0; i < kWidth / 2; ++i)
+      interleave(rows[i], rows[i + kWidth / 2], shuffled[2 * i], shuffled[2 * i + 1]);
+    for (int i = 0; i < kWidth; ++i) rows[i] = shuffled[i];
+  }
 }
 
 // 2^x to 2e-7 relative for x <= 0; below 2^-96, where nothing is left of a plan, it stays at 2^-96
@@ -79,6 +117,17 @@ inline Vec exp2(Vec x) {
   p = p * f + 6.931469671e-1f;
   p = p * f + 1.000000072f;
   return (Vec)((VecI)p + ((VecI)shifted << 23));
+}
+
+// log2(x) to 2e-7 absolute or relative, whichever is larger, for normal x > 0.
+inline Vec log2(Vec x) {
+  const VecI bits =
+      (VecI)x - 0x3f3504f3;  // of sqrt(1/2): the mantissa ends up in [sqrt(1/2), sqrt(2))
+  const VecI exponent = bits >> 23;
+  const Vec m = (Vec)((bits & 0x7fffff) + 0x3f3504f3);
+  const Vec t = (m - 1.f) / (m + 1.f), tt = t * t;  // log2(m) = 2/ln(2) atanh(t)
+  const Vec p = ((tt * 0.412198572f + 0.577078016f) * tt + 0.961796694f) * tt + 2.88539008f;
+  return __builtin_convertvector(exponent, Vec) + t * p;
 }
 
 // float16 and bfloat16 bits to float32, exactly.

@@ -8,14 +8,14 @@
 #include "cpu/simd.h"
 #include "plan.h"
 
-extern "C" float log2f(float);
-
 namespace shear::cpu::SHEAR_ISA {
 namespace {
 
+constexpr int kGroup = kRowPad;  // rows taken at a time: their sums fill half the registers
 typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Group __attribute__((vector_size(4 * kGroup)));
 
-constexpr float kFar = 1e30f;  // cost of the padding columns
+constexpr float kFar = 1e30f;  // cost of padding
 constexpr float kDriftHigh =
     0x1p20f;  // absorb beyond: one over-relaxed update may stretch a scaling 5-fold in log
 constexpr float kDriftLow = 0x1p-20f;
@@ -42,19 +42,19 @@ V relax(V scaling, V y) {
   return scaling / power;
 }
 
-Vec4 quarter_sums(Vec a) {
-  float lanes[kWidth];
-  store(lanes, a);
-  Vec4 total = {};
-  for (int q = 0; q < kWidth; q += 4) {
-    Vec4 part;
-    __builtin_memcpy(&part, lanes + q, sizeof part);
-    total += part;
-  }
-  return total;
+inline Vec4 quarter_sums(Vec a) {
+#if SHEAR_WIDTH == 4
+  return a;
+#elif SHEAR_WIDTH == 8
+  return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+#else
+  return (__builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7)) +
+         (__builtin_shufflevector(a, a, 8, 9, 10, 11) +
+          __builtin_shufflevector(a, a, 12, 13, 14, 15));
+#endif
 }
 
-Vec4 row_sums(Vec a, Vec b, Vec c, Vec d) {
+inline Vec4 row_sums(Vec a, Vec b, Vec c, Vec d) {
   const Vec4 qa = quarter_sums(a), qb = quarter_sums(b), qc = quarter_sums(c), qd = quarter_sums(d);
   const Vec4 ab =
       __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
@@ -63,21 +63,22 @@ Vec4 row_sums(Vec a, Vec b, Vec c, Vec d) {
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-Vec4 load4(const float* p) {
+inline Vec4 load4(const float* p) {
   Vec4 v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-void store4(float* p, Vec4 v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Group load_group(const float* p) {
+  Group v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store_group(float* p, Group v) { __builtin_memcpy(p, &v, sizeof v); }
 
 class Pair {
  public:
   Pair(const PairInput& in, float* scratch)
-      : in_(in),
-        n_(in.n),
-        m_(in.m),
-        rows_((in.n + 3) / 4 * 4),
-        ld_((in.m + kCostPad - 1) / kCostPad * kCostPad) {
+      : in_(in), n_(in.n), m_(in.m), rows_(round_up(in.n, kGroup)), ld_(round_up(in.m, kWidth)) {
     auto take = [&scratch](int64_t count) {
       float* p = scratch;
       scratch += count;
@@ -85,12 +86,21 @@ class Pair {
     };
     cost_ = take(rows_ * ld_);
     k_ = take(rows_ * ld_);
-    f_ = take(rows_);
-    u_ = take(rows_);
-    empty_ = take(rows_);
+    const int64_t slots = round_up(in.n, kCostPad);  // whole vectors
+    f_ = take(slots);
+    u_ = take(slots);
+    absent_row_ = take(slots);
+    potential_ = take(slots);
     g_ = take(ld_);
     v_ = take(ld_);
     w_ = take(ld_);
+    absent_col_ = take(ld_);
+    // what keeps the scalings of padding at 1: its marginals count as right
+    for (int64_t i = 0; i < slots; ++i) {
+      f_[i] = 0.f;
+      absent_row_[i] = i < n_ ? 0.f : 1.f;
+    }
+    for (int64_t j = 0; j < ld_; ++j) absent_col_[j] = j < m_ ? 0.f : row_mass();
   }
 
   PairOutput solve() {
@@ -131,13 +141,15 @@ class Pair {
   }
 
  private:
+  static int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
   static float max_of(float a, float b) { return a < b ? b : a; }
 
   // The value's error is the plan's error times its entropy term, eps * log(n): where that is large
   // against the distance, a residual of tol is not enough. At the default reg and typical distances
   // this is tol itself.
   float tolerance(float distance) const {
-    const float entropy = in_.eps * 0.69314718f * log2f(static_cast<float>(n_ > m_ ? n_ : m_));
+    const float most = static_cast<float>(n_ > m_ ? n_ : m_);
+    const float entropy = in_.eps * 0.69314718f * log2(broadcast(most))[0];
     const float scale = 0.2f * max_of(distance, in_.eps);
     return scale < entropy ? in_.tol * (scale / entropy) : in_.tol;
   }
@@ -153,62 +165,79 @@ class Pair {
     return bound > best[0] && bound > best[1];
   }
 
+  // Mass that a column gets if every row has mass 1.
+  float row_mass() const { return static_cast<float>(n_) / static_cast<float>(m_); }
+
   // Copies the costs in units of eps * ln 2 and sets the hard potentials F_i = min_j C_ij, G_j =
   // min_i (C_ij - F_i), for which every K_ij <= 1 with a 1 in every row and column. Returns their
   // dual value, a bound.
   float load_costs() {
     const float scale = kLog2e / in_.eps;
-    const Vec inf = broadcast(__builtin_inff());
-    for (int64_t j = 0; j < ld_; j += kWidth) store(g_ + j, inf);
-    double sum_f = 0, sum_g = 0;
-    for (int64_t i = 0; i < rows_; ++i) {
-      float* c = cost_ + i * ld_;
-      empty_[i] = i < n_ ? 0.f : 1.f;
-      if (i >= n_) {
-        f_[i] = 0.f;
-        for (int64_t j = 0; j < ld_; ++j) c[j] = kFar;
-        continue;
+    const Vec far = broadcast(kFar);
+    const int64_t ld = ld_, whole = m_ / kWidth * kWidth;
+    const int rest = static_cast<int>(m_ - whole);
+    float* const g = g_;
+    for (int64_t j = 0; j < ld; j += kWidth) store(g + j, far);
+    for (int64_t i = 0; i < rows_; i += kGroup) {
+      float* panel = cost_ + i * ld;
+      for (int r = 0; r < kGroup; ++r) {
+        if (i + r >= n_) {
+          for (int64_t j = 0; j < ld; j += kWidth) store(panel + j * kGroup + r * kWidth, far);
+          continue;
+        }
+        const float* row = in_.cost + (i + r) * in_.ld;
+        Vec lowest = far;
+        const auto put = [&](int64_t j, Vec x) {
+          store(panel + j * kGroup + r * kWidth, x);
+          lowest = min(lowest, x);
+        };
+        for (int64_t j = 0; j < whole; j += kWidth) put(j, load(row + j) * scale);
+        if (rest > 0) put(whole, load_rest(row, m_, rest, kFar / scale) * scale);
+        f_[i + r] = min(lowest);
       }
-      Vec lowest = inf;
-      for (int64_t j = 0; j < ld_; j += kWidth) {
-        Vec x = load_first(in_.cost + i * in_.ld + j, m_ - j, kFar) * scale;
-        if (m_ - j < kWidth) x = keep_first(x, static_cast<int>(m_ - j), kFar);
-        store(c + j, x);
-        lowest = min(lowest, x);
+      for (int64_t j = 0; j < ld; j += kWidth) {
+        Vec lowest = load(g + j);
+#pragma GCC unroll 8
+        for (int r = 0; r < kGroup; ++r)
+          lowest = min(lowest, load(panel + j * kGroup + r * kWidth) - f_[i + r]);
+        store(g + j, lowest);
       }
-      f_[i] = min(lowest);
-      sum_f += f_[i];
-      for (int64_t j = 0; j < ld_; j += kWidth)
-        store(g_ + j, min(load(g_ + j), load(c + j) - f_[i]));
     }
-    for (int64_t j = 0; j < m_; ++j) sum_g += g_[j];
     for (int64_t j = m_; j < ld_; ++j) g_[j] = 0.f;
-    return to_cost(sum_f / n_ + sum_g / m_);
+    return dual_value(total(f_, rows_), total(g_, ld_));
   }
 
+  static double total(const float* a, int64_t count) {
+    VecD sums = {};
+    for (int64_t i = 0; i < count; i += kWidth) sums += widen(load(a + i));
+    return sum(sums);
+  }
   float to_cost(double scaled) const { return static_cast<float>(scaled * in_.eps / kLog2e); }
+  float dual_value(double sum_f, double sum_g) const {
+    return to_cost(sum_f / static_cast<double>(n_) + sum_g / static_cast<double>(m_));
+  }
 
   void reset_scalings() {
-    for (int64_t i = 0; i < rows_; ++i) u_[i] = 1.f;
-    for (int64_t j = 0; j < ld_; ++j) v_[j] = j < m_ ? 1.f : 0.f;
+    for (int64_t i = 0; i < rows_; i += kWidth) store(u_ + i, broadcast(1.f));
+    for (int64_t j = 0; j < ld_; j += kWidth) store(v_ + j, broadcast(1.f));
   }
 
   void exponentiate() {
-    for (int64_t i = 0; i < rows_; ++i) {
-      const float f = f_[i];
-      const float* c = cost_ + i * ld_;
-      float* k = k_ + i * ld_;
-      if (i < n_)
-        for (int64_t j = 0; j < ld_; j += kWidth)
-          store(k + j, exp2((f - load(c + j)) + load(g_ + j)));
-      else
-        for (int64_t j = 0; j < ld_; ++j) k[j] = 0.f;
+    const int64_t ld = ld_;
+    for (int64_t i = 0; i < rows_; i += kGroup) {
+      const float *cost = cost_ + i * ld, *g = g_;
+      float* k = k_ + i * ld;
+      const Group f = load_group(f_ + i);
+      for (int64_t j = 0; j < ld; j += kWidth, g += kWidth)
+#pragma GCC unroll 8
+        for (int r = 0; r < kGroup; ++r, cost += kWidth, k += kWidth)
+          store(k, exp2((f[r] - load(cost)) + load(g)));
     }
   }
 
   void absorb() {
-    for (int64_t i = 0; i < n_; ++i) f_[i] += log2f(u_[i]);
-    for (int64_t j = 0; j < m_; ++j) g_[j] += log2f(v_[j]);
+    for (int64_t i = 0; i < rows_; i += kWidth) store(f_ + i, load(f_ + i) + log2(load(u_ + i)));
+    for (int64_t j = 0; j < ld_; j += kWidth) store(g_ + j, load(g_ + j) + log2(load(v_ + j)));
     reset_scalings();
   }
 
@@ -246,109 +275,141 @@ class Pair {
     }
   }
 
-  // One iteration: rows, then columns, K read once. Returns the L1 error of the row marginal before
-  // the update.
+  // One iteration: rows, then columns, in one sweep of K. Returns the L1 error of the row marginal
+  // before the update. The scalings of a group of rows take a chain of dependent operations, which
+  // runs while the next group is multiplied with v.
   template <int kLevel>
   float sweep() {
-    for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, Vec{});
-    Vec4 error = {}, low = load4(u_), high = low;
-    for (int64_t i = 0; i < rows_; i += 4) {
-      const float* k = k_ + i * ld_;
-      Vec s0 = {}, s1 = {}, s2 = {}, s3 = {};
-      for (int64_t j = 0; j < ld_; j += kWidth) {
-        const Vec x = load(v_ + j);
-        s0 += load(k + j) * x;
-        s1 += load(k + ld_ + j) * x;
-        s2 += load(k + 2 * ld_ + j) * x;
-        s3 += load(k + 3 * ld_ + j) * x;
-      }
-      const Vec4 old = load4(u_ + i);
-      const Vec4 y = old * (row_sums(s0, s1, s2, s3) + load4(empty_ + i));
-      const Vec4 off = y - 1.f;
+    const int64_t rows = rows_, step = kGroup * ld_;
+    const float *k = k_, *absent = absent_row_;
+    float* const scaling = u_;
+    for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, load(absent_col_ + j));
+    Group error = {}, low = load_group(scaling), high = low, sums = multiply(k);
+    for (int64_t i = 0; i < rows; i += kGroup, k += step) {
+      const Group old = load_group(scaling + i), y = old * sums + load_group(absent + i);
+      const Group off = y - 1.f;
       error += off < 0.f ? -off : off;
-      const Vec4 u = relax<kLevel>(old, y);
-      store4(u_ + i, u);
+      const Group u = relax<kLevel>(old, y);
+      store_group(scaling + i, u);
       low = u < low ? u : low;
       high = u > high ? u : high;
-      for (int64_t j = 0; j < ld_; j += kWidth) {
-        Vec x = load(w_ + j);
-        x += load(k + j) * u[0];
-        x += load(k + ld_ + j) * u[1];
-        x += load(k + 2 * ld_ + j) * u[2];
-        x += load(k + 3 * ld_ + j) * u[3];
-        store(w_ + j, x);
-      }
+      if (i + kGroup < rows) sums = multiply(k + step);
+      add(k, scaling + i);
     }
-    const float ratio = static_cast<float>(m_) / static_cast<float>(n_);
-    for (int64_t j = 0; j < ld_; j += kWidth) {
-      const Vec old = load(v_ + j);
-      store(v_ + j, relax<kLevel>(old, load(w_ + j) * old * ratio));
-    }
-    for (int64_t j = m_; j < ld_; ++j) v_[j] = 0.f;
-    note_drift(low, high);
-    return (error[0] + error[1] + error[2] + error[3]) / static_cast<float>(n_);
-  }
 
-  void note_drift(Vec4 low, Vec4 high) {
-    float lowest = low[0], highest = high[0];
-    for (int l = 1; l < 4; ++l) {
-      lowest = low[l] < lowest ? low[l] : lowest;
-      highest = high[l] > highest ? high[l] : highest;
+    const float column = 1.f / row_mass();
+    Vec least = broadcast(1.f), most = least;
+    for (int64_t j = 0; j < ld_; j += kWidth) {
+      const Vec old = load(v_ + j), v = relax<kLevel>(old, load(w_ + j) * old * column);
+      store(v_ + j, v);
+      least = min(least, v);
+      most = max(most, v);
     }
-    for (int64_t j = 0; j < m_; ++j) {
-      lowest = v_[j] < lowest ? v_[j] : lowest;
-      highest = v_[j] > highest ? v_[j] : highest;
+    float lowest = min(least), highest = -min(-most), total = 0.f;
+    for (int r = 0; r < kGroup; ++r) {
+      lowest = low[r] < lowest ? low[r] : lowest;
+      highest = high[r] > highest ? high[r] : highest;
+      total += error[r];
     }
     drifted_ = !(lowest > kDriftLow && highest < kDriftHigh);
+    return total / static_cast<float>(n_);
+  }
+
+  // The products of a group of rows with v.
+  Group multiply(const float* k) const {
+    const float *v = v_, *end = v + ld_;
+    Vec s[kGroup] = {};
+    for (; v < end; v += kWidth, k += kGroup * kWidth) {
+      const Vec x = load(v);
+#pragma GCC unroll 8
+      for (int r = 0; r < kGroup; ++r) s[r] += load(k + r * kWidth) * x;
+    }
+    return __builtin_shufflevector(row_sums(s[0], s[1], s[2], s[3]),
+                                   row_sums(s[4], s[5], s[6], s[7]), 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+
+  // w += a group of rows, scaled by u.
+  void add(const float* k, const float* u) const {
+    Vec scale[kGroup];
+#pragma GCC unroll 8
+    for (int r = 0; r < kGroup; ++r) scale[r] = broadcast(u[r]);
+    float *w = w_, *end = w + ld_;
+    for (; w < end; w += kWidth, k += kGroup * kWidth) {
+      Vec total = load(w);
+#pragma GCC unroll 8
+      for (int r = 0; r < kGroup; ++r) total += load(k + r * kWidth) * scale[r];
+      store(w, total);
+    }
   }
 
   // Potentials f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are
   // feasible at any iteration: their mean is a certified lower bound on W1, at the price of one
   // maximum pass.
   float dual_value() {
-    for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, Vec{});
-    double total = 0;
-    for (int64_t i = 0; i < n_; ++i) {
+    for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, load(absent_col_ + j));
+    for (int64_t i = 0; i < rows_; i += kGroup) {
       const float* k = k_ + i * ld_;
-      for (int64_t j = 0; j < ld_; j += kWidth)
-        store(w_ + j, max(load(w_ + j), load(k + j) * u_[i]));
-      total += (f_[i] + log2f(u_[i])) / static_cast<double>(n_);
+      const Group u = load_group(u_ + i);
+      float *w = w_, *end = w + ld_;
+      for (; w < end; w += kWidth, k += kGroup * kWidth) {
+        Vec most = load(w);
+#pragma GCC unroll 8
+        for (int r = 0; r < kGroup; ++r) most = max(most, load(k + r * kWidth) * u[r]);
+        store(w, most);
+      }
     }
-    for (int64_t j = 0; j < m_; ++j) total += (g_[j] - log2f(w_[j])) / static_cast<double>(m_);
-    return to_cost(total);
+    VecD f = {}, g = {};
+    for (int64_t i = 0; i < rows_; i += kWidth) f += widen(load(f_ + i) + log2(load(u_ + i)));
+    for (int64_t j = 0; j < ld_; j += kWidth) {
+      const Vec x = load(g_ + j) - log2(load(w_ + j));
+      g += widen(j + kWidth > m_ ? keep_first(x, static_cast<int>(m_ - j), 0.f) : x);
+    }
+    return dual_value(sum(f), sum(g));
   }
 
   // One plain column update makes the columns exact; then <P, C> + <f, a - P 1>, never below the
   // bound. The mass is right, so any constant may be taken off f: the first entry, against
   // cancellation.
   PairOutput corrected_value(float bound, int32_t iterations) {
-    for (int64_t j = 0; j < ld_; j += kWidth) {
-      Vec total = {};
-      for (int64_t i = 0; i < n_; ++i) total += load(k_ + i * ld_ + j) * u_[i];
-      store(v_ + j, (static_cast<float>(n_) / static_cast<float>(m_)) / total);
-    }
-    for (int64_t j = m_; j < ld_; ++j) v_[j] = 0.f;
-    const float reference = f_[0] + log2f(u_[0]);
-    double transport = 0, correction = 0, error = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      Vec mass = {}, paid = {};
-      for (int64_t j = 0; j < ld_; j += kWidth) {
-        const Vec p = load(k_ + i * ld_ + j) * load(v_ + j);
-        mass += p;
-        paid += p * load(cost_ + i * ld_ + j);
+    for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, load(absent_col_ + j));
+    for (int64_t i = 0; i < rows_; i += kGroup) add(k_ + i * ld_, u_ + i);
+    for (int64_t j = 0; j < ld_; j += kWidth) store(v_ + j, row_mass() / load(w_ + j));
+    for (int64_t j = m_; j < ld_; ++j) v_[j] = 0.f;  // padding must not be paid for
+    for (int64_t i = 0; i < rows_; i += kWidth)
+      store(potential_ + i, load(f_ + i) + log2(load(u_ + i)));
+    double value = 0, error = 0;
+    for (int64_t i = 0; i < rows_; i += 4) {
+      const int64_t at = i / kGroup * kGroup * ld_ + i % kGroup * kWidth;
+      const float *k = k_ + at, *cost = cost_ + at, *v = v_, *end = v + ld_;
+      Vec mass[4] = {}, paid[4] = {};
+      for (; v < end; v += kWidth, k += kGroup * kWidth, cost += kGroup * kWidth) {
+        const Vec x = load(v);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          const Vec p = load(k + r * kWidth) * x;
+          mass[r] += p;
+          paid[r] += p * load(cost + r * kWidth);
+        }
       }
-      const double missing = 1. - static_cast<double>(u_[i]) * sum(mass);
-      transport += static_cast<double>(u_[i]) * sum(paid);
-      correction += (f_[i] + log2f(u_[i]) - reference) * missing;
-      error += missing < 0 ? -missing : missing;
+      const Vec4 present = 1.f - load4(absent_row_ + i), u = present * load4(u_ + i);
+      const Vec4 spent = u * row_sums(paid[0], paid[1], paid[2], paid[3]);
+      const Vec4 missing = present - u * row_sums(mass[0], mass[1], mass[2], mass[3]);
+      const Vec4 owed = missing * (load4(potential_ + i) - potential_[0]);
+      for (int r = 0; r < 4; ++r) {
+        value += static_cast<double>(spent[r]) + static_cast<double>(owed[r]);
+        error += static_cast<double>(missing[r] < 0.f ? -missing[r] : missing[r]);
+      }
     }
-    const float value = to_cost((transport + correction) / n_);
-    return {max_of(bound, value), static_cast<float>(error / n_), iterations, false};
+    for (int64_t j = m_; j < ld_; ++j) v_[j] = 1.f;
+    const auto rows = static_cast<double>(n_);
+    return {max_of(bound, to_cost(value / rows)), static_cast<float>(error / rows), iterations,
+            false};
   }
 
   const PairInput& in_;
-  const int64_t n_, m_, rows_, ld_;
-  float *cost_, *k_, *f_, *u_, *empty_, *g_, *v_, *w_;
+  const int64_t n_, m_, rows_, ld_;  // rows_ and ld_: padded
+  // cost_ and k_ are read as one stream: (rows_ / kGroup, ld_ / kWidth, kGroup, kWidth)
+  float *cost_, *k_, *f_, *u_, *absent_row_, *potential_, *g_, *v_, *w_, *absent_col_;
   bool drifted_ = false;
 };
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 
 #include "cpu/pipeline.h"
@@ -185,8 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
       float lowest;
       kernels().window_min(first + i * m, &row, 1, &lowest);
       r += lowest;
-      for (int64_t j = 0; j < cols[b]; ++j)
-        if (!std::isfinite(first[i * m + j])) finite = false;
+      if (!kernels().finite(first + i * m, cols[b])) finite = false;
     }
     kernels().column_min(first, m, rows[b], cols[b], scratch);
     for (int64_t j = 0; j < cols[b]; ++j) q += scratch[j];
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
     residuals[b] = out.residual;
     counts[b] = out.iterations;
   });
-  STD_TORCH_CHECK(finite, "cost must be finite, got NaN or Inf");
+  if (!finite) throw std::invalid_argument("cost must be finite, got NaN or Inf");
   return {value, residual, iterations};
 }
 
