@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint format oldest-torch clean
+.PHONY: demo test lint format emulated oldest-torch clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
@@ -32,6 +32,14 @@ $(VENV)/dependencies: requirements-dev.txt
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	touch $@
+
+# Tests the AVX-512 and AMX kernels on a machine without them: 16-wide code in AVX2, their own instructions in plain C++.
+emulated: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target build/emulated \
+	  --config-settings=build-dir=build/emulated-cmake --config-settings=cmake.define.SHEAR_EMULATED=ON .
+	PYTHONPATH=build/emulated SHEAR_ISA=avx512 $(BIN)/python -m pytest -q tests/test_backends.py
+	PYTHONPATH=build/emulated SHEAR_ISA=avx512_bf16 $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
+	PYTHONPATH=build/emulated SHEAR_ISA=amx $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
 
 # Compiles against the headers of the oldest supported torch (a download of 0.9 GB, so not part of `make test`).
 oldest-torch: $(VENV)/dependencies

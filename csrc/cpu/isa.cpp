@@ -6,6 +6,14 @@
 
 #include "cpu/kernels.h"
 
+#ifdef SHEAR_X86
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace shear::cpu {
 
 #define SHEAR_DECLARE(set)                                                         \
@@ -24,6 +32,7 @@ namespace shear::cpu {
                              add_states_any,                                       \
                              squared_norm_any,                                     \
                              token_cost_any,                                       \
+                             /*bf16_products=*/false,                              \
                              window_min,                                           \
                              window_sum,                                           \
                              column_min,                                           \
@@ -33,10 +42,28 @@ namespace shear::cpu {
                              sinkhorn};                                            \
   }
 
+// AVX-512 with other token costs for bfloat16.
+#define SHEAR_DECLARE_BF16(set)                                                    \
+  namespace set {                                                                  \
+  void token_cost_bf16(const CostTile&);                                           \
+  void token_cost_any(const CostTile& tile) {                                      \
+    tile.center == nullptr ? token_cost_bf16(tile) : avx512::token_cost_any(tile); \
+  }                                                                                \
+  constexpr Kernels kKernels = [] {                                                \
+    Kernels table = avx512::kKernels;                                              \
+    table.isa = #set;                                                              \
+    table.token_cost = token_cost_any;                                             \
+    table.bf16_products = true;                                                    \
+    return table;                                                                  \
+  }();                                                                             \
+  }
+
 SHEAR_DECLARE(portable)
 #ifdef SHEAR_X86
 SHEAR_DECLARE(avx2)
 SHEAR_DECLARE(avx512)
+SHEAR_DECLARE_BF16(avx512_bf16)
+SHEAR_DECLARE_BF16(amx)
 #endif
 
 namespace {
@@ -46,15 +73,43 @@ struct Candidate {
   bool supported;
 };
 
+#if defined(SHEAR_X86) && !defined(SHEAR_EMULATED)
+struct Cpuid7 {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit Cpuid7(unsigned subleaf) { __get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx); }
+};
+
+// Linux gives a process the tile registers when it asks for them, or refuses.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first.
 std::vector<Candidate> candidates() {
 #ifdef SHEAR_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef SHEAR_EMULATED
+  const bool avx512 = avx2, bf16 = avx2, amx = avx2;
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return {{&avx512::kKernels, avx512}, {&avx2::kKernels, avx2}, {&portable::kKernels, true}};
+  const bool bf16 = avx512 && (Cpuid7(1).eax >> 5 & 1);
+  const unsigned features = Cpuid7(0).edx;
+  const bool amx = avx512 && (features >> 22 & 1) && (features >> 24 & 1) && may_use_tiles();
+#endif
+  return {{&amx::kKernels, amx},
+          {&avx512_bf16::kKernels, bf16},
+          {&avx512::kKernels, avx512},
+          {&avx2::kKernels, avx2},
+          {&portable::kKernels, true}};
 #else
   return {{&portable::kKernels, true}};
 #endif

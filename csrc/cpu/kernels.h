@@ -19,8 +19,8 @@ struct States {
 struct CostTile {
   States states;
   int64_t row, rows, col, cols;
-  const float* center;   // (dim) mean state of the group
-  const float* sq_norm;  // (tokens) squared norm of the centred states
+  const float* center;   // (dim) mean state of the group; null: the states as they are
+  const float* sq_norm;  // (tokens) squared norm of the states less the center
   float* out;            // (rows, ld)
   int64_t ld;
   float* scratch;  // kPanelFloats
@@ -61,6 +61,7 @@ struct Kernels {
   // float32.
   float (*squared_norm)(const States&, int64_t token, const float* center);
   void (*token_cost)(const CostTile&);
+  bool bf16_products;  // token_cost takes bfloat16 states without a center, and is faster so
   // out[k] = minimum (or sum) of row[w.begin .. w.begin + w.size) for each window
   void (*window_min)(const float* row, const Window* windows, int64_t count, float* out);
   void (*window_sum)(const float* row, const Window* windows, int64_t count, float* out);

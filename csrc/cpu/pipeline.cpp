@@ -88,7 +88,7 @@ void Pipeline::token_costs(const Chunk& chunk, float* costs) const {
     const Tile& tile = tasks[task].tile;
     if (!has_scale(block.group)) return;
     kernels_.token_cost({states_, block.row_token + tile.row, tile.rows, block.col_token + tile.col,
-                         tile.cols, &center_[block.group * states_.dim], sq_norm_.data(),
+                         tile.cols, center(block.group), sq_norm_.data(),
                          costs + block.cost_offset + tile.row * block.ld + tile.col, block.ld,
                          scratch});
   });

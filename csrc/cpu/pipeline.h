@@ -54,6 +54,7 @@ class Pipeline {
   void collect(const Chunk& chunk, const Pairs& pairs);
 
   bool has_scale(int64_t group) const;
+  const float* center(int64_t group) const;
   double eps(int64_t group) const;
 
   const States states_;
@@ -64,8 +65,9 @@ class Pipeline {
   const Workers workers_;
 
   std::vector<float> norm_;                        // (tokens)
-  std::vector<float> sq_norm_;                     // (tokens) of the centred states
+  std::vector<float> sq_norm_;                     // (tokens) of the states less center()
   std::vector<float> center_;                      // (groups, dim)
+  std::vector<char> centered_;                     // (groups)
   std::vector<double> rollout_norm_, group_norm_;  // means
   std::vector<float> unit_mean_, unit_sq_norm_;    // cosine: (spans, dim) and (spans)
   std::vector<double> self_;                       // mmd: (spans) mean of k(x, x')

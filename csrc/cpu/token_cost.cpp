@@ -2,7 +2,7 @@
 // ||y||^2 - 2<x, y>, square root and repair of near-duplicates. The product of two tokens
 // accumulates over the dimensions in one fixed order whatever the tile around it, so costs do not
 // depend on packing, chunks or threads.
-#include "cpu/cost_epilogue.h"
+#include "cpu/cost_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "plan.h"
@@ -25,22 +25,6 @@ void center_rows(const States& states, int64_t token, int64_t count, int64_t k0,
       store(rows + k, load_state<kDtype>(states.data, base + k) - load(center + k0 + k));
     for (; k < left; ++k) rows[k] = state_at<kDtype>(states.data, base + k) - center[k0 + k];
     for (; k < depth; ++k) rows[k] = 0.f;
-  }
-}
-
-// Writes the transpose of `count` rows of `depth` floats as panels (depth, kGroup), zero-filled.
-// Reads and writes whole vectors: up to kWidth rows beyond count, and kWidth floats beyond the last
-// panel.
-template <int kGroup>
-void pack(const float* rows, int64_t count, int64_t depth, float* panels) {
-  for (int64_t r = 0; r < count; r += kGroup, panels += depth * kGroup) {
-    for (int64_t k = 0; k < depth; k += kWidth)
-      for (int64_t g = 0; g < kGroup; g += kWidth) {
-        Vec square[kWidth];
-        for (int i = 0; i < kWidth; ++i) square[i] = load(rows + (r + g + i) * depth + k);
-        transpose(square);
-        for (int i = 0; i < kWidth; ++i) store(panels + (k + i) * kGroup + g, square[i]);
-      }
   }
 }
 
@@ -78,29 +62,30 @@ void multiply(const float* a, const float* b, int64_t depth, bool accumulate, fl
 
 template <Dtype kDtype>
 void token_cost(const CostTile& t) {
-  float* rows = t.scratch;  // (kCols + kWidth, kTileDepth)
-  float* b =
-      rows + (kCols + kWidth) * kTileDepth;  // (depth, kCols), stays in the first-level cache
-  float* a = b + kCols * kTileDepth;         // panels (depth, kRows) of all rows
-  static_assert((2 * kCols + 2 * kWidth) * kTileDepth + kTileRows * kTileDepth <= kPanelFloats);
+  constexpr int64_t kRoom = kCols + kWidth;  // tokens, with room for the last whole square
+  static_assert((2 * kRoom + kTileRows) * kTileDepth <= kPanelFloats);
+  float* rows = t.scratch;               // (kRoom, depth)
+  float* b = rows + kRoom * kTileDepth;  // (depth, kCols), stays in the first-level cache
+  float* a = b + kRoom * kTileDepth;     // panels (depth, kRows) of all rows
   for (int64_t k0 = 0; k0 < t.states.dim; k0 += kTileDepth) {
     const int64_t left = t.states.dim - k0 < kTileDepth ? t.states.dim - k0 : kTileDepth;
     const int64_t depth = (left + kWidth - 1) / kWidth * kWidth;
-    for (int64_t i = 0; i < t.rows; i += kRows) {
-      center_rows<kDtype>(t.states, t.row + i, t.rows - i < kRows ? t.rows - i : kRows, k0, left,
-                          depth, t.center, rows);
-      pack<kRows>(rows, kRows, depth, a + i * depth);
-    }
+    const auto pack = [&]<int kTokens>(int64_t token, int64_t count, float* panel) {
+      center_rows<kDtype>(t.states, token, count, k0, left, depth, t.center, rows);
+      pack_panel<kTokens>(rows, depth, panel);
+    };
+    for (int64_t i = 0; i < t.rows; i += kRows)
+      pack.template operator()<kRows>(t.row + i, t.rows - i < kRows ? t.rows - i : kRows,
+                                      a + i * depth);
     for (int64_t j = 0; j < t.cols; j += kCols) {
       const int64_t cols = t.cols - j < kCols ? t.cols - j : kCols;
-      center_rows<kDtype>(t.states, t.col + j, cols, k0, left, depth, t.center, rows);
-      pack<kCols>(rows, kCols, depth, b);
+      pack.template operator()<kCols>(t.col + j, cols, b);
       for (int64_t i = 0; i < t.rows; i += kRows)
         multiply(a + i * depth, b, depth, k0 > 0, t.out + i * t.ld + j, t.ld,
                  t.rows - i < kRows ? t.rows - i : kRows, cols);
+      if (k0 + left == t.states.dim) finish_costs<kDtype>(t, j, j + cols);
     }
   }
-  finish_costs<kDtype>(t);
 }
 
 template <Dtype kDtype>

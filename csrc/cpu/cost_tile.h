@@ -50,14 +50,28 @@ float direct_cost(const States& states, int64_t i, int64_t j) {
   return __builtin_sqrtf(sum(total) + rest);
 }
 
-// t.out: products -> ||x||^2 + ||y||^2 - 2<x, y> -> square root and repair of near-duplicates.
+// Writes the transpose of kWidth or more rows of `depth` words as a panel (depth, kColumns). Takes
+// whole squares of kWidth, so it may write up to kWidth words beyond the panel.
+template <int kColumns>
+void pack_panel(const float* rows, int64_t depth, float* panel) {
+  for (int64_t k = 0; k < depth; k += kWidth)
+    for (int64_t c = 0; c < kColumns; c += kWidth) {
+      Vec square[kWidth];
+      for (int i = 0; i < kWidth; ++i) square[i] = load(rows + (c + i) * depth + k);
+      transpose(square);
+      for (int i = 0; i < kWidth; ++i) store(panel + (k + i) * kColumns + c, square[i]);
+    }
+}
+
+// Columns [begin, end) of t.out: products -> ||x||^2 + ||y||^2 - 2<x, y> -> square root and repair
+// of near-duplicates.
 template <Dtype kDtype>
-void finish_costs(const CostTile& t) {
+void finish_costs(const CostTile& t, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < t.rows; ++i) {
     float* out = t.out + i * t.ld;
     const float x = t.sq_norm[t.row + i];
-    for (int64_t j = 0; j < t.cols; j += kWidth) {
-      const int64_t lanes = t.cols - j < kWidth ? t.cols - j : kWidth;
+    for (int64_t j = begin; j < end; j += kWidth) {
+      const int64_t lanes = end - j < kWidth ? end - j : kWidth;
       const Vec norms = x + load_first(t.sq_norm + t.col + j, lanes, 0.f);
       const Vec squared = norms - 2.f * load_first(out + j, lanes, 0.f);
       const Vec cost = sqrt(max(squared, Vec{}));
