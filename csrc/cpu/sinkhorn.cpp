@@ -19,6 +19,7 @@ constexpr float kFar = 1e30f;  // cost of padding
 constexpr float kDriftHigh =
     0x1p20f;  // absorb beyond: one over-relaxed update may stretch a scaling 5-fold in log
 constexpr float kDriftLow = 0x1p-20f;
+constexpr int64_t kAhead = 16;     // rows of token costs that are fetched in advance
 constexpr int64_t kTestEvery = 4;  // iterations from one choice of omega to the next
 constexpr float kLog2e = 1.44269504f;
 
@@ -186,6 +187,8 @@ class Pair {
           continue;
         }
         const float* row = in_.cost + (i + r) * in_.ld;
+        if (i + r + kAhead < n_)
+          for (int64_t j = 0; j < m_; j += kCostPad) __builtin_prefetch(row + kAhead * in_.ld + j);
         Vec lowest = far;
         const auto put = [&](int64_t j, Vec x) {
           store(panel + j * kGroup + r * kWidth, x);
