@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint format emulated oldest-torch clean
+.PHONY: demo test bench lint format emulated oldest-torch clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Measures for about a quarter of an hour; leave the machine alone meanwhile.
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.report
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,313 @@
+"""The entries of a record: each function measures one thing and returns what goes into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import shear_ops
+from shear_ops import SpanConfig, SpanDistances
+from shear_ops.rollouts import load_rollouts, shipped_rollouts
+
+from .contest import OURS, Entry, own_setting, qualify
+from .jobs import NearestSpans, Problems
+from .peers import any_of, libraries, loops
+from .problems import CONFIG, SETTINGS, Group, real_span_pairs, synthetic_group
+from .timing import alternate, ratio, stage_seconds, summary
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is, and how long it may take; the defaults are the paper's sizes."""
+
+    tokens: int = 3000
+    dim: int = 3584
+    slice_spans: int = 2  # of the paper group, each against all of its opposing spans
+    small: tuple[int, int] = (400, 256)  # tokens, d
+    problems: int = 1000
+    sample: int = 120  # of them, on which settings are tried
+    threads: tuple[int, int] = (1500, 3584)
+    growth_tokens: tuple[int, ...] = (1000, 2000, 4000, 8000)  # at growth_dim
+    growth_dim: int = 1024
+    growth_dims: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)  # at growth_length
+    growth_length: int = 1000
+    peak: int = 2048
+    repeats: int = 5
+    limit_s: float = 40.0  # a call that has taken longer in all is not repeated
+    give_up_s: float = 20.0  # a ladder ends where a setting takes longer than this on the sample
+    compiled: bool = True  # the hand-written loops
+
+
+QUICK = Sizes(
+    tokens=300, dim=64, small=(125, 32), problems=16, sample=8, threads=(200, 64),
+    growth_tokens=(200, 400), growth_dim=32, growth_dims=(32, 64), growth_length=200,
+    peak=256, repeats=2, limit_s=2.0, give_up_s=1.0, compiled=False,
+)  # fmt: skip
+
+
+def paper_bf16(sizes: Sizes) -> Entry:
+    """Paper group in bfloat16: its matrix product, its stages, and the alternatives on a slice."""
+    return _paper(torch.bfloat16, sizes, alternatives=True)
+
+
+def paper_fp32(sizes: Sizes) -> Entry:
+    """Paper group in float32: its matrix product and its stages."""
+    return _paper(torch.float32, sizes, alternatives=False)
+
+
+def _paper(dtype: torch.dtype, sizes: Sizes, *, alternatives: bool) -> Entry:
+    calls: dict[str, Callable[[], object]] = {}
+    settings: dict[str, Entry] = {}
+    for setting, about in SETTINGS.items():
+        job = _paper_job(setting, sizes)
+        group = job.group.to(dtype)
+        settings[setting] = {"about": about, **_profiled(job, group)}
+        config = replace(CONFIG, n_iters=settings[setting]["n_iters"])
+        calls[f"{OURS}, {setting}"] = partial(
+            shear_ops.span_weights, **group.arguments(), config=config
+        )
+        if alternatives:
+            solvers, facts = qualify(_alternatives(sizes), job, job, sizes.give_up_s)
+            settings[setting]["alternatives"] = facts
+            calls |= {f"{name}, {setting}, slice": call for name, call in solvers.items()}
+    x, y = (torch.cat([group.states(i) for i in some]) for some in (group.correct, group.incorrect))
+    calls["torch.mm"] = lambda: torch.mm(x, y.T)
+    if alternatives:
+        calls["torch.cdist, two rollouts"] = lambda: job.token_costs(0, 1)
+    samples = alternate(calls, sizes.repeats, sizes.limit_s)
+    for setting, entry in settings.items():
+        ours = samples[f"{OURS}, {setting}"]
+        entry["over torch.mm"] = ratio(ours, samples["torch.mm"])
+        for name in entry.get("alternatives", {}):
+            if (solving := samples.get(f"{name}, {setting}, slice")) is not None:
+                scaled = _scaled(samples["torch.cdist, two rollouts"], solving, job)
+                entry["alternatives"][name] |= {
+                    "scaled_s": summary(scaled), "over ours": ratio(scaled, ours),
+                }  # fmt: skip
+    return {
+        "sizes": _sizes(group),
+        "slice_pairs": job.pairs,
+        "times": {name: summary(seconds) for name, seconds in samples.items()},
+        "settings": settings,
+        "peak": _peak(sizes),
+    }
+
+
+@cache
+def _paper_job(setting: str, sizes: Sizes) -> NearestSpans:
+    """Some spans of the paper group; its states are the same numbers in both dtypes."""
+    group = synthetic_group(setting, sizes.tokens, sizes.dim)
+    spans, some = len(group.windows), sizes.slice_spans
+    return NearestSpans(group, [spans * (2 * k + 1) // (2 * some) for k in range(some)])
+
+
+def _profiled(job: NearestSpans, group: Group) -> Entry:
+    """Our setting, error, counts and stages. Not timed: what the profiler costs is in here."""
+    found: list[tuple[SpanDistances, dict[str, float]]] = []
+
+    def values(n_iters: int) -> Tensor:
+        config, results = replace(CONFIG, n_iters=n_iters), []
+        stages = stage_seconds(
+            lambda: results.append(shear_ops.span_distances(**group.arguments(), config=config)),
+            "shear::span_distances",
+        )
+        found.append((results[0], stages))
+        return job.spans(results[0].distance)
+
+    setting = own_setting(values, job.judge)
+    distances, stages = found[-1]
+    return {
+        **setting,
+        "pairs": distances.pairs._asdict(),
+        "mean_iterations": float(distances.iterations.float().mean()),
+        "stages": stages,
+    }
+
+
+def _scaled(two_rollouts: list[float], piece: list[float], job: NearestSpans) -> list[float]:
+    """What the whole group would take: all token costs, and all pairs at the slice's rate."""
+    group = job.group
+    blocks = len(group.correct) * len(group.incorrect)
+    return [
+        blocks * costs + group.pairs / job.pairs * solving
+        for costs, solving in zip(two_rollouts, piece, strict=False)
+    ]
+
+
+def _alternatives(sizes: Sizes) -> list[Any]:
+    pot = [peer for peer in libraries() if peer.needs == "ot"]
+    return [any_of("POT", pot), any_of("loop", loops(compiled=sizes.compiled))]
+
+
+def _peak(sizes: Sizes) -> Entry:
+    """The practical ceilings here: a square float32 torch.mm, and a copy that fits no cache."""
+    n = sizes.peak
+    square = torch.rand(n, n)
+    large = torch.rand(16 * n * n)
+    target = torch.empty_like(large)
+    seconds = alternate(
+        {"mm": lambda: torch.mm(square, square), "copy": lambda: target.copy_(large)}, 15, 10.0
+    )
+    return {
+        "fma_per_s": n**3 / min(seconds["mm"]),
+        "bytes_per_s": 2 * 4 * len(large) / min(seconds["copy"]),
+    }
+
+
+def _sizes(group: Group) -> Entry:
+    return {
+        "rollouts": group.rollouts,
+        "tokens": group.tokens,
+        "dim": group.hidden.shape[1],
+        "dtype": str(group.hidden.dtype).removeprefix("torch."),
+        "span_pairs": group.pairs,
+        **asdict(CONFIG),
+    }
+
+
+def small(sizes: Sizes) -> Entry:
+    """Small group in float32: span_weights over the alternatives, all of it."""
+    settings: dict[str, Entry] = {}
+    for setting, about in SETTINGS.items():
+        group = synthetic_group(setting, *sizes.small)
+        job = NearestSpans(group)
+        sample = NearestSpans(group, list(range(len(group.windows))))
+
+        def values(n_iters: int, group: Group = group, job: NearestSpans = job) -> Tensor:
+            config = replace(CONFIG, n_iters=n_iters)
+            return job.spans(shear_ops.span_distances(**group.arguments(), config=config).distance)
+
+        own = own_setting(values, job.judge)
+        config = replace(CONFIG, n_iters=own["n_iters"])
+        calls, facts = qualify(_alternatives(sizes), sample, job, sizes.give_up_s)
+        ours = partial(shear_ops.span_weights, **group.arguments(), config=config)
+        settings[setting] = {
+            "about": about,
+            **own,
+            "pairs": shear_ops.span_distances(**group.arguments(), config=config).pairs._asdict(),
+            **_race(ours, calls, facts, sizes),
+        }
+    return {"sizes": _sizes(group), "settings": settings}
+
+
+def sinkhorn(sizes: Sizes) -> Entry:
+    """Real span pairs, their costs given: sinkhorn over POT, GeomLoss, OTT-JAX and loops."""
+    cost, eps = real_span_pairs(sizes.problems)
+    job = Problems(cost, eps)
+    sample = Problems(cost[: sizes.sample], eps)
+    own = own_setting(lambda n: shear_ops.sinkhorn(cost, reg=eps, n_iters=n).value, job.judge)
+    ours = partial(shear_ops.sinkhorn, cost, reg=eps, n_iters=own["n_iters"])
+    peers = [*libraries(), *loops(compiled=sizes.compiled)]
+    calls, facts = qualify(peers, sample, job, sizes.give_up_s)
+    return {
+        "sizes": {"problems": len(cost), "n": cost.shape[1], "m": cost.shape[2], "eps": eps},
+        **own,
+        "mean_iterations": float(ours().iterations.float().mean()),
+        **_race(ours, calls, facts, sizes),
+    }
+
+
+def _race(
+    ours: Callable[[], object], calls: dict[str, Any], facts: dict[str, Entry], sizes: Sizes
+) -> Entry:
+    """Time us and the alternatives in turns; facts gain the ratios."""
+    samples = alternate({OURS: ours, **calls}, sizes.repeats, sizes.limit_s)
+    for name in calls:
+        facts[name]["over ours"] = ratio(samples[name], samples[OURS])
+    return {
+        "times": {name: summary(seconds) for name, seconds in samples.items()},
+        "alternatives": facts,
+    }
+
+
+def threads(sizes: Sizes) -> Entry:
+    """One thread over two, on half the paper's length in bfloat16."""
+    before = torch.get_num_threads()
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < 2:
+        return {"missing": "two cores"}
+    group = synthetic_group("clustered", *sizes.threads).to(torch.bfloat16)
+
+    def run(count: int) -> None:
+        torch.set_num_threads(count)
+        shear_ops.span_weights(**group.arguments(), config=CONFIG)
+
+    try:
+        calls = {"1 thread": partial(run, 1), "2 threads": partial(run, 2)}
+        samples = alternate(calls, sizes.repeats, sizes.limit_s)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "sizes": _sizes(group),
+        "times": {name: summary(seconds) for name, seconds in samples.items()},
+        "speedup": ratio(samples["1 thread"], samples["2 threads"]),
+    }
+
+
+def growth(sizes: Sizes) -> Entry:
+    """Time over the length T and the dimension d, clustered states in float32."""
+    series = {
+        "tokens": [(tokens, sizes.growth_dim) for tokens in sizes.growth_tokens],
+        "dim": [(sizes.growth_length, dim) for dim in sizes.growth_dims],
+    }
+    out: Entry = {"setting": "clustered", "dtype": "float32"}
+    for name, points in series.items():
+        groups = {point: synthetic_group("clustered", *point) for point in points}
+        calls = {
+            f"T={point[0]}, d={point[1]}": partial(
+                shear_ops.span_weights, **group.arguments(), config=CONFIG
+            )
+            for point, group in groups.items()
+        }
+        samples = list(alternate(calls, min(sizes.repeats, 3), sizes.limit_s / 2).values())
+        times = [summary(seconds) for seconds in samples]
+        units = [
+            time["median"] / (tokens**2 * dim)
+            for time, (tokens, dim) in zip(times, points, strict=True)
+        ]
+        fit = geometric_mean(units)  # least squares of the logarithms
+        out[name] = {
+            "points": [
+                {"tokens": tokens, "dim": dim, "time": time}
+                for (tokens, dim), time in zip(points, times, strict=True)
+            ],
+            "seconds_per_t2d": fit,
+            "worst_deviation": max(abs(unit / fit - 1) for unit in units),
+        }
+    return out
+
+
+def survivors(sizes: Sizes) -> Entry:
+    """Span pairs bounded away, abandoned and solved on the recorded real rollouts."""
+    rollouts = load_rollouts(shipped_rollouts())
+    configs = [SpanConfig(reg=reg) for reg in (0.01, 0.02, 0.03, 0.05, 0.1)] + [
+        SpanConfig(span=span, stride=stride) for span in (80, 100, 120) for stride in (25, 50, 75)
+    ]
+    rows = []
+    for config in dict.fromkeys(configs):
+        found = shear_ops.span_distances(**rollouts.arguments(), config=config)
+        rows.append(
+            {
+                "span": config.span, "stride": config.stride, "reg": config.reg,
+                **found.pairs._asdict(),
+                "mean_iterations": float(found.iterations.float().mean()),
+            }
+        )  # fmt: skip
+    return {"rollouts": len(rollouts), "tokens": len(rollouts.hidden), "rows": rows}
+
+
+ENTRIES: dict[str, Callable[[Sizes], Entry]] = {
+    "sinkhorn": sinkhorn,
+    "small": small,
+    "paper-fp32": paper_fp32,
+    "paper-bf16": paper_bf16,
+    "threads": threads,
+    "growth": growth,
+    "survivors": survivors,
+}

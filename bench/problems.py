@@ -1,0 +1,162 @@
+"""What is measured: groups of synthetic rollouts, and span pairs of the recorded real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shear_ops import SpanConfig
+from shear_ops.reference import spans
+from shear_ops.rollouts import load_rollouts, shipped_rollouts
+
+CONFIG = SpanConfig()  # the paper's spans of 100 every 25, reg 0.03
+SETTINGS = {
+    "clustered": "half of the passages of every rollout are noisy copies of passages that the "
+    "group shares, so that pairs are bounded away about as on the recorded real rollouts",
+    "unpruned": "the rollouts share nothing but their vocabulary: hardly any pair is bounded away, "
+    "the worst case",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One GRPO group: rollouts of equal length, alternately correct and incorrect.
+
+    The length is a whole number of strides past a span: no span is shorter than the others, and
+    libraries that batch problems of one shape take the same spans as ours.
+    """
+
+    hidden: Tensor  # (rollouts * tokens, d)
+    rollouts: int
+
+    def __post_init__(self) -> None:
+        """Refuse a length with a ragged tail."""
+        if (self.tokens - CONFIG.span) % CONFIG.stride or self.tokens < CONFIG.span:
+            raise ValueError(f"tokens must be span + k * stride, got {self.tokens}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a rollout."""
+        return len(self.hidden) // self.rollouts
+
+    @property
+    def correct(self) -> range:
+        """Indices of the correct rollouts."""
+        return range(0, self.rollouts, 2)
+
+    @property
+    def incorrect(self) -> range:
+        """Indices of the incorrect rollouts."""
+        return range(1, self.rollouts, 2)
+
+    @property
+    def windows(self) -> Tensor:
+        """(K, span) positions of the tokens of every span of a rollout."""
+        begins = [a for a, _ in spans(self.tokens, CONFIG.span, CONFIG.stride)]
+        return torch.tensor(begins)[:, None] + torch.arange(CONFIG.span)
+
+    @property
+    def pairs(self) -> int:
+        """Span pairs of the group."""
+        return len(self.correct) * len(self.incorrect) * len(self.windows) ** 2
+
+    @property
+    def mean_norm(self) -> float:
+        """Mean Euclidean norm of a token."""
+        return float(self.hidden.float().norm(dim=1).double().mean())
+
+    @property
+    def eps(self) -> float:
+        """The regularisation in units of a cost, as other libraries take it."""
+        return CONFIG.reg * self.mean_norm
+
+    def states(self, rollout: int) -> Tensor:
+        """Return the states (T, d) of one rollout."""
+        return self.hidden[rollout * self.tokens : (rollout + 1) * self.tokens]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of span_weights."""
+        return {
+            "hidden": self.hidden,
+            "cu_seqlens": torch.arange(self.rollouts + 1) * self.tokens,
+            "group_ids": torch.zeros(self.rollouts, dtype=torch.int64),
+            "labels": (torch.arange(self.rollouts) + 1) % 2,
+        }
+
+    def to(self, dtype: torch.dtype) -> Group:
+        """Return the group with its states in another dtype."""
+        return Group(self.hidden.to(dtype), self.rollouts)
+
+
+def synthetic_group(
+    setting: str, tokens: int, dim: int, *, rollouts: int = 8, seed: int = 0
+) -> Group:
+    """Return a group of states like a language model's, float32 with values that bfloat16 holds.
+
+    Every token is the embedding of a word (Zipf, so that words repeat), a context that drifts
+    (AR(1), 0.9 a token), noise, a mean state common to all, and a few outlier dimensions of 8 times
+    the size. Repeated words are what makes the transport problems mix slowly, as real states do:
+    with independent states 8 iterations solve any pair.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {setting!r}")
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(100, dim, generator=generator)
+    mean_state = torch.randn(dim, generator=generator)
+    x = _text(embeddings, rollouts, tokens, generator)
+    if setting == "clustered":
+        passage = 100
+        shared = _text(embeddings, 1, tokens, generator)
+        copied = torch.rand(rollouts, -(-tokens // passage), generator=generator) < 0.5
+        copied = copied.repeat_interleave(passage, 1)[:, :tokens, None]
+        noise = 0.2 * torch.randn(x.shape, generator=generator)
+        x = torch.where(copied, shared + noise, x)
+    x += mean_state
+    x[..., ::256] *= 8
+    return Group(x.flatten(0, 1).bfloat16().float(), rollouts)
+
+
+def _text(embeddings: Tensor, rollouts: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Embedding of a Zipf word + drifting context + noise, (rollouts, tokens, dim)."""
+    vocabulary, dim = embeddings.shape
+    frequencies = 1 / torch.arange(1.0, vocabulary + 1)
+    words = torch.multinomial(frequencies, rollouts * tokens, True, generator=generator)
+    x = 0.25 * torch.randn(rollouts, tokens, dim, generator=generator)
+    x += embeddings[words.view(rollouts, tokens)]
+    context = torch.randn(rollouts, dim, generator=generator)
+    for t in range(tokens):
+        context = 0.9 * context + 0.19**0.5 * torch.randn(rollouts, dim, generator=generator)
+        x[:, t] += 0.5 * context
+    return x
+
+
+def real_span_pairs(count: int, *, seed: int = 0) -> tuple[Tensor, float]:
+    """Costs (count, span, span) of random opposing full spans of the recorded rollouts, and eps."""
+    rollouts = load_rollouts(shipped_rollouts())
+    hidden = rollouts.hidden.float()
+    offsets, groups, labels = (
+        t.tolist() for t in (rollouts.cu_seqlens, rollouts.group_ids, rollouts.labels)
+    )
+
+    def full_spans(rollout: int) -> Iterator[int]:
+        length = offsets[rollout + 1] - offsets[rollout]
+        for begin, end in spans(length, CONFIG.span, CONFIG.stride):
+            if end - begin == CONFIG.span:
+                yield offsets[rollout] + begin
+
+    pairs = [
+        pair
+        for i, j in product(range(len(rollouts)), repeat=2)
+        if groups[i] == groups[j] and labels[i] == 1 and labels[j] == 0
+        for pair in product(full_spans(i), full_spans(j))
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.tensor(pairs)[torch.randperm(len(pairs), generator=generator)[:count]].T
+    x, y = (hidden[begin[:, None] + torch.arange(CONFIG.span)] for begin in (rows, columns))
+    costs = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return costs, CONFIG.reg * float(hidden.norm(dim=1).mean())

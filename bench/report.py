@@ -1,0 +1,88 @@
+"""Command line that writes tables and plots from the records: python -m bench.report --help."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+from .plots import draw
+from .record import RESULTS, ROOT, Record, load_all
+from .tables import details, targets
+
+MARKS = "<!-- bench:begin -->\n", "<!-- bench:end -->"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--check", is_flag=True, help="Write nothing; fail if a README is out of date.")
+def main(check: bool) -> None:
+    """Write the tables in README.md and bench/README.md, and the plots, from bench/results/*.json.
+
+    Uses every record there. What no record holds reads "not measured yet".
+    """
+    records = load_all()
+    refuse_quick(records)
+    for path, block in (
+        (ROOT / "README.md", readme_block(records)),
+        (ROOT / "bench" / "README.md", details_block(records)),
+    ):
+        old = path.read_text()
+        new = put_block(old, block)
+        if check and new != old:
+            raise click.ClickException(f"{path.name} is out of date: run python -m bench.report")
+        if not check:
+            path.write_text(new)
+    if not check:
+        for name, record in records.items():
+            draw(name, record, RESULTS)
+
+
+def refuse_quick(records: dict[str, Record]) -> None:
+    """Raise if a record holds an entry of a --quick run."""
+    for name, record in records.items():
+        for entry, content in record["entries"].items():
+            if content["run"]["quick"]:
+                raise click.ClickException(f"{name}.json: {entry} was measured with --quick")
+
+
+def readme_block(records: dict[str, Record]) -> str:
+    """Targets and plots, for the README."""
+    parts = [targets(records)]
+    for name, record in records.items():
+        plots = " ".join(
+            f"![{plot} on {record['device']['name']}](bench/results/{name}-{plot}.svg)"
+            for plot in plots_of(record)
+        )
+        parts.append(plots)
+    return "\n\n".join(part for part in parts if part)
+
+
+def plots_of(record: Record) -> list[str]:
+    """Names of the plots that draw makes of a record."""
+    entries = record["entries"]
+    needs = {
+        "speedups": {"sinkhorn", "small", "paper-bf16"},
+        "stages": {"paper-bf16", "paper-fp32"},
+        "growth": {"growth"},
+    }
+    return [plot for plot, any_of in needs.items() if any_of & entries.keys()]
+
+
+def details_block(records: dict[str, Record]) -> str:
+    """All that the records say, for bench/README.md."""
+    return "\n\n".join(details(record) for record in records.values()) or "Not measured yet."
+
+
+def put_block(text: str, block: str) -> str:
+    """Replace what is between the marks; raise if they are not there exactly once."""
+    begin, end = MARKS
+    new, count = re.subn(
+        f"(?s){re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}{block}\n{end}", text
+    )
+    if count != 1:
+        raise click.ClickException(f"the marks {begin.strip()} {end} are there {count} times")
+    return new
+
+
+if __name__ == "__main__":
+    main()

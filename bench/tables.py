@@ -1,0 +1,206 @@
+"""Markdown out of records: every number in it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .contest import Entry
+from .record import Record
+from .targets import TARGETS, Target
+
+NOT_YET = "not measured yet"
+KINDS = {"cpu": "CPU", "gpu": "GPU"}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table; all columns but the first are right-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def targets(records: dict[str, Record]) -> str:
+    """One table per kind of device: targets against the record of every device of that kind."""
+    parts = []
+    for kind, title in KINDS.items():
+        of_kind = [r for r in records.values() if r["device"]["kind"] == kind]
+        names = [r["device"]["name"] for r in of_kind] or ["measured"]
+        rows = [
+            [t.what, _wanted(t), *([_cell(t, r) for r in of_kind] or [NOT_YET])]
+            for t in TARGETS
+            if t.kind == kind
+        ]
+        parts.append(table([f"on a {title}", "target", *names], rows))
+    return "\n\n".join(parts)
+
+
+def _wanted(target: Target) -> str:
+    if target.wanted is None:
+        return "–"
+    return ("≤ " if target.at_most else "≥ ") + f"{target.wanted:g}"
+
+
+def _cell(target: Target, record: Record) -> str:
+    if target.entry not in record["entries"]:
+        return NOT_YET
+    found = target.read(record["entries"][target.entry])
+    cells = []
+    for label, value, low, high in found:
+        spread = "" if low == high else f" ({number(low)}–{number(high)})"
+        missed = "" if target.met(value) else " **missed**"
+        cells.append(f"{label} {number(value)}{spread}{missed}".strip())
+    return "<br>".join(cells) or NOT_YET
+
+
+def details(record: Record) -> str:
+    """Everything else that a record says, section by section."""
+    entries = record["entries"]
+    parts = [_device(record), _runs(entries)]
+    for name in ("paper-bf16", "paper-fp32"):
+        if name in entries:
+            parts += [_paper(name, entries[name]), roofline(entries[name])]
+    parts += [_alternatives(name, entry) for name, entry in entries.items()]
+    if "survivors" in entries:
+        parts.append(_survivors(entries["survivors"]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _device(record: Record) -> str:
+    device = record["device"]
+    facts = "; ".join(f"{k} {v}" for k, v in device.items() if k not in ("name", "flags"))
+    return f"### {device['name']}\n\n{facts}. Vector instructions: {', '.join(device['flags'])}."
+
+
+def _runs(entries: dict[str, Entry]) -> str:
+    rows = []
+    for name, entry in entries.items():
+        run = entry["run"]
+        commit = run["commit"][:10] + (" with changes" if run["dirty"] else "")
+        versions = ", ".join(f"{k} {v or 'missing'}" for k, v in run["versions"].items())
+        rows.append([name, commit, run["date"], run["threads"], run["tests"].strip("= "), versions])
+    return table(["entry", "commit", "date", "threads", "tests before it", "versions"], rows)
+
+
+def _paper(name: str, entry: Entry) -> str:
+    rows = []
+    for setting, part in entry["settings"].items():
+        pairs, stages = part["pairs"], part["stages"]
+        total = pairs["total"]
+        counts = [f"{100 * pairs[k] / total:.1f} %" for k in ("bounded", "abandoned", "solved")]
+        seconds = entry["times"][f"shear_ops, {setting}"]
+        shares = ", ".join(
+            f"{stage} {100 * t / stages['total']:.0f} %"
+            for stage, t in stages.items() if stage != "total"
+        )  # fmt: skip
+        rows.append(
+            [setting, _seconds(seconds), *counts, pairs["stopped"],
+             f"{part['mean_iterations']:.0f}", f"{part['error']:.1e}", part["n_iters"], shares]
+        )  # fmt: skip
+    header = [
+        "states", "seconds: median (min–max; runs)", "bounded away", "abandoned", "solved",
+        "stopped", "iterations", "worst error", "n_iters", "share of the time per stage",
+    ]  # fmt: skip
+    size = entry["sizes"]
+    title = f"#### {name}: {size['rollouts']} x {size['tokens']} x {size['dim']} {size['dtype']}"
+    about = "\n".join(f"- {k}: {part['about']}." for k, part in entry["settings"].items())
+    product = f"`torch.mm` of the same product: {_seconds(entry['times']['torch.mm'])} s."
+    return f"{title}\n\n{about}\n\n{table(header, rows)}\n\n{product}"
+
+
+def _seconds(time: Entry) -> str:
+    spread = f"{number(time['min'])}–{number(time['max'])}; {time['repeats']}"
+    return f"{number(time['median'])} ({spread})"
+
+
+def roofline(entry: Entry) -> str:
+    """Work of the product and of the solver of a paper group against the machine's peak."""
+    size, peak = entry["sizes"], entry["peak"]
+    tokens, dim, n = size["tokens"], size["dim"], size["span"]
+    blocks = (size["rollouts"] // 2) * ((size["rollouts"] + 1) // 2)
+    fma = blocks * tokens**2 * dim
+    state_bytes = size["rollouts"] * tokens * dim * {"float32": 4}.get(size["dtype"], 2)
+    cost_bytes = 4 * blocks * tokens**2
+    floor = (state_bytes + cost_bytes) / peak["bytes_per_s"]
+    rows = []
+    for setting, part in entry["settings"].items():
+        stages, solved = part["stages"], part["pairs"]["solved"]
+        solver = 2 * n * n * part["mean_iterations"] * solved
+        for stage, work, exps in (("token_costs", fma, 0), ("solve", solver, n * n * solved)):
+            if seconds := stages.get(stage):
+                rate = work / seconds
+                rows.append(
+                    [f"{stage}, {setting}", number(work / 1e9), number(exps / 1e9),
+                     number(seconds), number(rate / 1e9), f"{100 * rate / peak['fma_per_s']:.0f} %"]
+                )  # fmt: skip
+    if not rows:
+        return "Roofline: this build does not announce its stages."
+    text = (
+        f"Roofline: the product takes {2 * fma / 1e12:.2f} TFLOP ({blocks} blocks x {tokens} x "
+        f"{tokens} x {dim} x 2), reads {state_bytes / 1e6:.0f} MB of states and writes "
+        f"{cost_bytes / 1e6:.0f} MB of token costs. Ceilings here: "
+        f"{number(peak['fma_per_s'] / 1e9)} GFMA/s (best float32 `torch.mm`) and "
+        f"{number(peak['bytes_per_s'] / 1e9)} GB/s (best copy): the product cannot take less than "
+        f"{number(fma / peak['fma_per_s'])} s for its FMAs and {number(floor)} s for its bytes."
+    )
+    header = ["stage", "10^9 FMA", "10^9 exp, at least", "seconds", "GFMA/s", "of the peak"]
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def _alternatives(name: str, entry: Entry) -> str:
+    rows = []
+    for label, part in [("", entry), *entry.get("settings", {}).items()]:
+        if "alternatives" not in part:
+            continue
+        times = part.get("times", {})
+        if "shear_ops" in times:
+            own = f"n_iters={part['n_iters']}"
+            rows.append([label, "shear_ops", own, f"{part['error']:.1e}",
+                         _seconds(times["shear_ops"]), "1", "–"])  # fmt: skip
+        for peer, facts in part["alternatives"].items():
+            rows.append([label, peer, *_alternative(facts, times.get(peer))])
+    if not rows:
+        return ""
+    header = ["states", "who", "setting", "worst error", "seconds: median (min–max; runs)",
+              "over ours", "first call, s"]  # fmt: skip
+    return f"#### Equal accuracy: {name}\n\n{table(header, rows)}"
+
+
+def _alternative(facts: Entry, time: Entry | None) -> list[str]:
+    if "missing" in facts:
+        return [f"not installed ({facts['missing']})", "–", "–", "–", "–"]
+    if "inaccurate" in facts:
+        last = facts["tried"][-1]
+        error = "not a number" if last["error"] is None else f"{last['error']:.1e}"
+        why = f"none within the tolerance; the last one tried: {setting_text(last)}"
+        return [why, error, f"{number(last['seconds'])} on the sample", "–", "–"]
+    ratio = facts["over ours"]
+    spread = f"{number(ratio['value'])} ({number(ratio['low'])}–{number(ratio['high'])})"
+    seconds = _seconds(time or facts["scaled_s"])
+    first = number(facts["first_call_s"])
+    return [setting_text(facts["setting"]), f"{facts['error']:.1e}", seconds, spread, first]
+
+
+def setting_text(setting: dict[str, Any]) -> str:
+    """Return a setting as arguments: max_iter=300, chunk=40."""
+    shown = {k: v for k, v in setting.items() if k not in ("error", "seconds")}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _survivors(entry: Entry) -> str:
+    rows = []
+    for row in entry["rows"]:
+        shares = [
+            f"{row[k]:,} ({100 * row[k] / row['total']:.0f} %)"
+            for k in ("bounded", "abandoned", "solved", "stopped")
+        ]
+        rows.append([row["span"], row["stride"], row["reg"], f"{row['total']:,}", *shares,
+                     f"{row['mean_iterations']:.0f}"])  # fmt: skip
+    header = ["span", "stride", "reg", "span pairs", "bounded away", "abandoned",
+              "solved to the end", "of these stopped at n_iters", "iterations"]  # fmt: skip
+    title = f"#### Survivors on the {entry['rollouts']} recorded real rollouts"
+    return f"{title} ({entry['tokens']:,} tokens)\n\n{table(header, rows)}"
