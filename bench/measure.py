@@ -32,7 +32,7 @@ class Sizes:
     slice_spans: int = 2  # of the paper group, each against all of its opposing spans
     small: tuple[int, int] = (400, 256)  # tokens, d
     problems: int = 1000
-    sample: int = 120  # of them, on which settings are tried
+    sample: int = 40  # of them, on which settings are tried
     threads: tuple[int, int] = (1500, 3584)
     growth_tokens: tuple[int, ...] = (1000, 2000, 4000, 8000)  # at growth_dim
     growth_dim: int = 1024
@@ -40,8 +40,8 @@ class Sizes:
     growth_length: int = 1000
     peak: int = 2048
     repeats: int = 5
-    limit_s: float = 40.0  # a call that has taken longer in all is not repeated
-    give_up_s: float = 20.0  # a ladder ends where a setting takes longer than this on the sample
+    limit_s: float = 30.0  # not repeated after this long in all; in a race, after half of it
+    give_up_s: float = 8.0  # a ladder ends where a setting takes longer than this on the sample
     compiled: bool = True  # the hand-written loops
 
 
@@ -218,7 +218,7 @@ def _race(
     ours: Callable[[], object], calls: dict[str, Any], facts: dict[str, Entry], sizes: Sizes
 ) -> Entry:
     """Time us and the alternatives in turns; facts gain the ratios."""
-    samples = alternate({OURS: ours, **calls}, sizes.repeats, sizes.limit_s)
+    samples = alternate({OURS: ours, **calls}, sizes.repeats, sizes.limit_s / 2)
     for name in calls:
         facts[name]["over ours"] = ratio(samples[name], samples[OURS])
     return {
@@ -240,7 +240,7 @@ def threads(sizes: Sizes) -> Entry:
 
     try:
         calls = {"1 thread": partial(run, 1), "2 threads": partial(run, 2)}
-        samples = alternate(calls, sizes.repeats, sizes.limit_s)
+        samples = alternate(calls, min(sizes.repeats, 3), sizes.limit_s)
     finally:
         torch.set_num_threads(before)
     return {
