@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench lint format emulated oldest-torch clean
+.PHONY: demo test bench lint format emulated sanitized oldest-torch clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
@@ -45,6 +45,14 @@ emulated: $(VENV)/installed
 	PYTHONPATH=build/emulated SHEAR_ISA=avx512 $(BIN)/python -m pytest -q tests/test_backends.py
 	PYTHONPATH=build/emulated SHEAR_ISA=avx512_bf16 $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
 	PYTHONPATH=build/emulated SHEAR_ISA=amx $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
+
+# The problem table under AddressSanitizer and UndefinedBehaviorSanitizer: a kernel that reads or writes beyond its memory.
+sanitized: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized \
+	  --config-settings=build-dir=build/sanitized-cmake \
+	  "--config-settings=cmake.define.CMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all" .
+	PYTHONPATH=build/sanitized LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest -q -s tests/test_backends.py -k against_float64
 
 # Compiles against the headers of the oldest supported torch (a download of 0.9 GB, so not part of `make test`).
 oldest-torch: $(VENV)/dependencies

@@ -51,8 +51,10 @@ Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_
 int64_t sinkhorn_scratch_floats(int64_t n, int64_t m);
 
 // Tokens of one task of token costs, and dimensions taken at a time: a panel of all rows stays in
-// the second-level cache. Its scratch, with room for the columns at hand: csrc/cpu/token_cost.cpp.
+// the second-level cache. Its scratch, with room for the columns at hand and for the last square of
+// a panel, which is written whole: csrc/cpu/token_cost.cpp.
 constexpr int64_t kTileRows = 384, kTileCols = 768, kTileDepth = 384;
-constexpr int64_t kPanelFloats = (kTileRows + 96) * kTileDepth;  // 96: the widest vectors
+constexpr int64_t kWidest = 16;  // floats of a vector
+constexpr int64_t kPanelFloats = (kTileRows + 6 * kWidest) * kTileDepth + kWidest;
 
 }  // namespace shear

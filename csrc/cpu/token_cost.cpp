@@ -63,7 +63,7 @@ void multiply(const float* a, const float* b, int64_t depth, bool accumulate, fl
 template <Dtype kDtype>
 void token_cost(const CostTile& t) {
   constexpr int64_t kRoom = kCols + kWidth;  // tokens, with room for the last whole square
-  static_assert((2 * kRoom + kTileRows) * kTileDepth <= kPanelFloats);
+  static_assert((2 * kRoom + kTileRows) * kTileDepth + kWidth <= kPanelFloats);
   float* rows = t.scratch;               // (kRoom, depth)
   float* b = rows + kRoom * kTileDepth;  // (depth, kCols), stays in the first-level cache
   float* a = b + kRoom * kTileDepth;     // panels (depth, kRows) of all rows
