@@ -289,7 +289,9 @@ def _dimensions_and_scales() -> list[Problem]:
         problem("outlier tokens", sink, labels),
         problem("heavy tails", [s.pow(3) for s in small], labels),
         # 384 tokens, 768 tokens and 384 (bfloat16: 512) dimensions are multiplied at a time
-        problem("a whole tile and more", Text(65, 520).rollouts(380, 780), [1, 0], span=120, stride=90),
+        problem(
+            "a whole tile and more", Text(65, 520).rollouts(380, 780), [1, 0], span=120, stride=90
+        ),
     ]
 
 
