@@ -43,7 +43,8 @@ struct Plan {
 constexpr int64_t kChunkBytes = int64_t{768} << 20;  // leaves room for scratch under 1 GiB
 constexpr int64_t kCostPad = 16;                     // floats: rows of costs start on a cache line
 constexpr int64_t kRowPad = 8;                       // rows of a pair are solved in groups
-constexpr int64_t kBytesPerPair = 16;  // value, residual, iterations, position in the queue
+constexpr int64_t kBytesPerPair =
+    20;  // value, residual, iterations, place in the queue and among the best
 
 Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads);
 

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 #include "cpu/tiles.h"
 #include "stage.h"
@@ -14,6 +13,8 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 64;
 constexpr int64_t kPairsPerTask = 8;
+constexpr int64_t kTileSpans = 8;  // rows and columns of spans whose pairs are solved together
+constexpr int64_t kBestFirstShare = 16;  // one pair in so many is solved best first
 
 struct BlockTile {
   const Block* block;
@@ -167,14 +168,37 @@ void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windo
   });
 }
 
+// The pairs to solve, in the order in which the threads take them. The most promising come first:
+// what is solved early prunes the most. The rest come tile by tile, since the token costs of
+// neighbouring pairs overlap and are still in cache; all of them best first took a third longer.
+std::vector<uint32_t> Pipeline::queue(const Chunk& chunk, const std::vector<float>& bounds) const {
+  std::vector<uint32_t> pairs;
+  pairs.reserve(bounds.size());
+  for (const Block& block : chunk.blocks) {
+    if (!has_scale(block.group)) continue;
+    for (int64_t row = 0; row < block.row_spans; row += kTileSpans)
+      for (int64_t col = 0; col < block.col_spans; col += kTileSpans)
+        for (int64_t a = row; a < std::min(block.row_spans, row + kTileSpans); ++a)
+          for (int64_t b = col; b < std::min(block.col_spans, col + kTileSpans); ++b)
+            pairs.push_back(static_cast<uint32_t>(block.pair_offset + a * block.col_spans + b));
+  }
+  const auto better = [&](uint32_t a, uint32_t b) {
+    return bounds[a] < bounds[b] || (bounds[a] == bounds[b] && a < b);
+  };
+  const auto first = static_cast<int64_t>(pairs.size()) / kBestFirstShare;
+  if (first == 0) return pairs;
+  std::vector<uint32_t> ranked = pairs;
+  std::nth_element(ranked.begin(), ranked.begin() + first, ranked.end(), better);
+  const auto rest =
+      std::stable_partition(pairs.begin(), pairs.end(),
+                            [&, limit = ranked[first]](uint32_t p) { return better(p, limit); });
+  std::sort(pairs.begin(), rest, better);
+  return pairs;
+}
+
 void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
   const Stage stage("shear::solve");
-  std::vector<uint32_t> queue(pairs.value.size());
-  std::iota(queue.begin(), queue.end(), 0u);
-  if (config_.prune)  // best first: what is solved early prunes the most
-    std::sort(queue.begin(), queue.end(), [&](uint32_t a, uint32_t b) {
-      return pairs.value[a] < pairs.value[b] || (pairs.value[a] == pairs.value[b] && a < b);
-    });
+  const std::vector<uint32_t> queue = this->queue(chunk, pairs.value);
   std::vector<int64_t> offsets;
   for (const Block& block : chunk.blocks) offsets.push_back(block.pair_offset);
 
@@ -185,10 +209,6 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
       const uint32_t p = queue[k];
       const auto after = std::upper_bound(offsets.begin(), offsets.end(), static_cast<int64_t>(p));
       const Block& block = chunk.blocks[after - offsets.begin() - 1];
-      if (!has_scale(block.group)) {
-        ++bounded;
-        continue;
-      }
       const int64_t a = block.row_span + (p - block.pair_offset) / block.col_spans;
       const int64_t b = block.col_span + (p - block.pair_offset) % block.col_spans;
       const Span &row = problem_.spans[a], &col = problem_.spans[b];
@@ -217,7 +237,7 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
       lower(&best_[b], out.distance);
     }
   });
-  counts_.bounded += bounded;
+  counts_.bounded += bounded + static_cast<int64_t>(pairs.value.size()) - total;
   counts_.abandoned += abandoned;
   counts_.solved += solved;
   counts_.stopped += stopped;

@@ -50,6 +50,7 @@ class Pipeline {
   void cosine_distances(const Chunk& chunk, float* values) const;
   void row_windows(const Chunk& chunk, float* costs, float* windows) const;
   void bounds(const Chunk& chunk, const float* costs, const float* windows, float* values) const;
+  std::vector<uint32_t> queue(const Chunk& chunk, const std::vector<float>& bounds) const;
   void solve(const Chunk& chunk, const float* costs, Pairs& pairs);
   void collect(const Chunk& chunk, const Pairs& pairs);
 
