@@ -29,8 +29,11 @@ int64_t fitting_spans(int64_t available, const Bytes& bytes) {
 
 class Planner {
  public:
-  Planner(const Problem& problem, bool needs_costs, Plan* plan)
-      : problem_(problem), needs_costs_(needs_costs), plan_(plan) {}
+  Planner(const Problem& problem, bool needs_costs, int64_t bytes_per_pair, Plan* plan)
+      : problem_(problem),
+        needs_costs_(needs_costs),
+        bytes_per_pair_(bytes_per_pair),
+        plan_(plan) {}
 
   void add(int64_t group, const Rollout& correct, const Rollout& incorrect) {
     for (int64_t col = incorrect.span_begin; col < incorrect.span_end;) {
@@ -57,7 +60,7 @@ class Planner {
                       int64_t col_spans) const {
     const int64_t floats =
         needs_costs_ ? row_tokens * (round_up(col_tokens, kCostPad) + col_spans) : 0;
-    return 4 * floats + kBytesPerPair * row_spans * col_spans;
+    return 4 * floats + bytes_per_pair_ * row_spans * col_spans;
   }
 
   void push(int64_t group, int64_t row_span, int64_t row_spans, int64_t col_span,
@@ -96,6 +99,7 @@ class Planner {
 
   const Problem& problem_;
   const bool needs_costs_;
+  const int64_t bytes_per_pair_;
   Plan* plan_;
   int64_t bytes_ = 0, peak_bytes_ = 0;
 };
@@ -107,10 +111,11 @@ int64_t sinkhorn_scratch_floats(int64_t n, int64_t m) {
   return 2 * rows * cols + 4 * round_up(n, kCostPad) + 4 * cols;
 }
 
-Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads) {
+Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads,
+               int64_t bytes_per_pair) {
   Plan plan;
   const bool cosine = config.distance == Distance::kCosine;
-  Planner planner(problem, !cosine, &plan);
+  Planner planner(problem, !cosine, bytes_per_pair, &plan);
   for (size_t g = 0; g < problem.groups.size(); ++g)
     for (const int64_t i : problem.groups[g].correct)
       for (const int64_t j : problem.groups[g].incorrect)

@@ -47,7 +47,9 @@ constexpr int64_t kRowPad = 8;                       // rows of a pair are solve
 constexpr int64_t kBytesPerPair =
     20;  // value, residual, iterations, place in the queue and among the best
 
-Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads);
+// A backend that keeps more for each pair than the CPU's pipeline says so by bytes_per_pair.
+Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads,
+               int64_t bytes_per_pair = kBytesPerPair);
 
 // Floats of scratch that solving one pair of an n-token and an m-token span takes.
 int64_t sinkhorn_scratch_floats(int64_t n, int64_t m);

@@ -89,6 +89,10 @@ class _Call(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.packed.hidden, self.packed.cu_seqlens, self.group_ids, self.labels
 
+    @property
+    def operators(self) -> Any:
+        return backends.operators(self.backend)
+
 
 def _prepare(
     hidden: Tensor,
@@ -148,7 +152,8 @@ def span_weights(
         group_ids: (B,) integers: rollouts of one prompt share an id. Any values, any order.
         labels: (B,) 1 correct, 0 incorrect, -1 ignored (see labels_from_rewards).
         config: parameters of the method.
-        backend: None (automatic), "cpu" or "reference" (float64, any device, slow).
+        backend: None (automatic), "cpu", "triton" (a GPU) or "reference" (float64, any device,
+            slow).
 
     Returns:
         float32 weights, (N,) or (B, T) with 1.0 where masked. Rollouts without an opposing set,
@@ -161,7 +166,7 @@ def span_weights(
     if call.backend == "reference":
         weights = reference.span_weights(*call.tensors(), **asdict(config)).float()
     else:
-        weights = torch.ops.shear.span_weights(*call.tensors(), **config.op_arguments())
+        weights = call.operators.span_weights(*call.tensors(), **config.op_arguments())
     return call.packed.restore(weights, fill=1.0)
 
 
@@ -240,7 +245,7 @@ def span_distances(
     call = _prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
     if call.backend == "reference":
         return _reference_distances(call, config)
-    distance, nearest, residual, iterations, spans, pairs = torch.ops.shear.span_distances(
+    distance, nearest, residual, iterations, spans, pairs = call.operators.span_distances(
         *call.tensors(), **config.op_arguments(), prune=prune
     )
     counts = PairCounts(*(int(n) for n in pairs.tolist()))
@@ -284,9 +289,11 @@ def pair_distances(
             f"y must have x's dtype, d and device ({x.dtype}, {x.shape[1]}, {x.device}), "
             f"got ({y.dtype}, {y.shape[1]}, {y.device})"
         )
-    if backends.choose(backend, x.device, config.distance) == "reference":
+    chosen = backends.choose(backend, x.device, config.distance, "x")
+    if chosen == "reference":
         return reference.pair_distances(x, y, **asdict(config)).float()
-    return torch.ops.shear.pair_distances(x, y, **config.op_arguments())  # type: ignore[no-any-return]
+    matrix: Tensor = backends.operators(chosen).pair_distances(x, y, **config.op_arguments())
+    return matrix
 
 
 def sinkhorn(
@@ -299,6 +306,7 @@ def sinkhorn(
     tol: float = 5e-3,
     n_rows: Integers | None = None,
     n_cols: Integers | None = None,
+    backend: str | None = None,
 ) -> SinkhornResult:
     """Entropic optimal transport between uniform measures, for a batch of small problems.
 
@@ -311,6 +319,7 @@ def sinkhorn(
         reg: entropic regularisation, in units of the cost (as in POT).
         n_iters: most iterations. tol: as in SpanConfig.
         n_rows, n_cols: (B,) rows and columns in use of each problem, for ragged batches.
+        backend: None (automatic), "cpu" or "triton".
 
     Returns:
         SinkhornResult; 0-d tensors for a 2-d cost.
@@ -326,8 +335,9 @@ def sinkhorn(
     if cost is None:
         cost = _euclidean(check_states("x", x, (3,)), check_states("y", y, (3,)))
     check_states("cost", cost, (2, 3))
-    if cost.device.type != "cpu":
-        raise ValueError(f"cost must be on the CPU in this version, got {cost.device}")
+    if backend == "reference":
+        raise ValueError("backend must not be 'reference' here: call shear_ops.reference.sinkhorn")
+    chosen = backends.choose(backend, cost.device, "sinkhorn", "cost")
     batch = cost[None] if cost.dim() == 2 else cost
     if batch.shape[1] < 1:
         raise ValueError(f"cost must have at least one row, got shape {tuple(cost.shape)}")
@@ -338,7 +348,7 @@ def sinkhorn(
     for name, given, size in zip(("n_rows", "n_cols"), lengths, batch.shape[1:], strict=True):
         if given is not None and bool(((given < 1) | (given > size)).any()):
             raise ValueError(f"{name} must be in [1, {size}], got {given.tolist()}")
-    value, residual, iterations = torch.ops.shear.sinkhorn(
+    value, residual, iterations = backends.operators(chosen).sinkhorn(
         batch.float(), *lengths, reg=reg, n_iters=n_iters, tol=tol
     )
     result = SinkhornResult(value, residual, iterations, iterations < n_iters)

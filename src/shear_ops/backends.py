@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 
 # Distances a backend can compute; a backend that is absent here computes all of them.
-DISTANCES = {"cpu": ("sinkhorn", "chamfer", "mmd", "cosine")}
+DISTANCES = {
+    "cpu": ("sinkhorn", "chamfer", "mmd", "cosine"),
+    "triton": ("sinkhorn", "chamfer", "mmd", "cosine"),
+}
+GPUS = ("cuda", "xpu")  # device types of torch; AMD GPUs are "cuda" too
 
 _NOT_IN_THIS_VERSION = "not part of this version of shear_ops"
 
@@ -15,37 +24,67 @@ def status() -> dict[str, str | None]:
     return {
         "cpu": None,
         "cuda": _NOT_IN_THIS_VERSION,
-        "triton": _NOT_IN_THIS_VERSION,
+        "triton": _triton(),
         "reference": None,
     }
 
 
-def choose(backend: str | None, device: torch.device, distance: str) -> str:
+def on_gpu() -> str:
+    """Return the backend for tensors on a GPU: the one that torch.ops.shear has there."""
+    return "cuda" if status()["cuda"] is None else "triton"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter: on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'shear_ops[triton]'"
+    if interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+
+
+def choose(backend: str | None, device: torch.device, distance: str, name: str = "hidden") -> str:
     """Return the backend for a call; raise ValueError if there is none or not the wanted one.
 
-    Automatic choice (None) takes the CPU backend for tensors on the CPU, and the float64 reference
-    for a distance that only the reference has. It never moves or slows down a call in silence:
-    on a device without a backend it raises.
+    Automatic choice (None) takes the CPU backend for tensors on the CPU, on a GPU the compiled
+    CUDA backend or else Triton, and the float64 reference for a distance that only the reference
+    has. It never moves or slows down a call in silence: on a device without a backend it raises.
     """
     available = status()
     if backend is None:
         if distance == "exact":
             return "reference"
-        if device.type != "cpu":
+        if device.type == "cpu":
+            return "cpu"
+        if device.type not in GPUS or available[on_gpu()] is not None:
+            reasons = "; ".join(f"{n}: {available[n]}" for n in ("cuda", "triton") if available[n])
             raise ValueError(
-                f"hidden is on {device}, for which this version has no backend: move it to the "
-                "CPU, or pass backend='reference' (float64, any device, slow)"
+                f"{name} is on {device}, for which there is no backend here ({reasons}): move it to "
+                "the CPU, or pass backend='reference' (float64, any device, slow)"
             )
-        return "cpu"
+        return on_gpu()
     if backend not in available:
         raise ValueError(f"backend must be one of {', '.join(available)} or None, got {backend!r}")
     if available[backend] is not None:
         raise ValueError(f"backend {backend!r} is not available: {available[backend]}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' wants hidden on the CPU, got {device}")
+    wanted = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if interpreted() else GPUS}
+    if device.type not in wanted.get(backend, (device.type,)):
+        where = "the CPU" if wanted[backend] == ("cpu",) else "a GPU"
+        raise ValueError(f"backend {backend!r} wants {name} on {where}, got {device}")
     if distance not in DISTANCES.get(backend, (distance,)):
         raise ValueError(
             f"distance {distance!r} is not computed by backend {backend!r}, "
             f"only {', '.join(DISTANCES[backend])}"
         )
     return backend
+
+
+def operators(backend: str) -> Any:
+    """Return what has the operators of a backend: torch.ops.shear, or Triton's where those differ."""
+    if backend == "triton" and (interpreted() or on_gpu() != "triton"):
+        return importlib.import_module(".triton.ops", __package__)
+    return torch.ops.shear

@@ -1,17 +1,22 @@
 """torch.ops.shear beyond its kernels: fake tensors for torch.compile, and no gradients.
 
-Importing _C defines the operators (csrc/ops.cpp) and registers the CPU kernels.
+Importing _C defines the operators (csrc/ops.cpp) and registers the CPU kernels. On GPUs they are
+Triton's, unless a compiled module has registered its own.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import get_ctx, register_autograd, register_fake
+from torch.library import Library, get_ctx, register_autograd, register_fake
 
-from . import _C  # noqa: F401
+from . import _C, backends  # noqa: F401
+
+NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
 
 
 @register_fake("shear::span_weights")
@@ -61,5 +66,22 @@ def _no_gradients(ctx: Any, *grads: Any) -> tuple[None, ...]:
 
 
 # Without this the outputs claim requires_grad=True, backward() gives None, and opcheck passes.
-for _name in ("span_weights", "span_distances", "pair_distances", "sinkhorn"):
+for _name in NAMES:
     register_autograd(f"shear::{_name}", _no_gradients, setup_context=_mark_non_differentiable)
+
+
+def _in_triton(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if (why_not := backends.status()["triton"]) is not None:
+            raise RuntimeError(f"shear::{name} has no GPU kernel here: {why_not}")
+        ops = importlib.import_module(".triton.ops", __package__)  # Triton is an extra
+        return getattr(ops, name)(*args, **kwargs)
+
+    return kernel
+
+
+if backends.on_gpu() == "triton":
+    _library = Library("shear", "IMPL")
+    for _name in NAMES:
+        for _key in ("CUDA", "XPU"):
+            _library.impl(_name, _in_triton(_name), _key)

@@ -1,0 +1,119 @@
+"""What the Triton kernels compile to, without a GPU: registers, shared memory, spills, hot loops.
+
+    python -m bench.offline                # writes bench/results/triton-offline.json
+
+A call of span_weights is made under a driver that names a target and launches nothing, so that what
+is compiled is what that call would compile there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+
+from shear_ops import SpanConfig
+
+from .record import RESULTS, run_facts
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes of a program
+SPANS = (32, 64, 100)  # one for every tile of the solver
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as it was compiled."""
+
+    name: str
+    variant: str  # its compile-time arguments
+    shared: int  # bytes
+    warps: int
+    binary: bytes  # a cubin, or empty
+
+
+class _Driver:
+    """Names a target; nothing runs on it."""
+
+    def __init__(self, name: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(*TARGETS[name])
+        self.device = list(TARGETS).index(name)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+@contextmanager
+def compiling_for(name: str) -> Iterator[list[Kernel]]:
+    """Inside, launches of Triton kernels compile for this target, and are listed; none runs."""
+    import triton
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from shear_ops.triton import sinkhorn, target, token_cost
+
+    kernels: dict[tuple[str, str], Kernel] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        variant = ", ".join(f"{k}={v}" for k, v in options.items() if k.isupper() or len(k) == 1)
+        kernels[self.__name__, variant] = Kernel(
+            self.__name__, variant, compiled.metadata.shared, compiled.metadata.num_warps,
+            compiled.asm.get("cubin", b""),
+        )  # fmt: skip
+        found[:] = kernels.values()
+        return compiled
+
+    found: list[Kernel] = []
+    backend = TARGETS[name][0]
+    facts = target.Target(132, backend == "cuda", "tf32x3" if backend == "cuda" else "ieee", False)
+    before = driver._active if hasattr(driver, "_active") else None
+    driver.set_active(_Driver(name))
+    try:
+        with (
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(sinkhorn, "target_of", lambda device: facts),
+            mock.patch.object(token_cost, "target_of", lambda device: facts),
+        ):
+            yield found
+    finally:
+        driver.set_active(before) if before is not None else driver.reset_active()
+    assert triton is not None
+
+
+def compile_all(name: str, spans: tuple[int, ...] = SPANS) -> list[Kernel]:
+    """Compile every kernel that calls with these spans take, in bfloat16 and float32."""
+    from shear_ops.triton import ops
+
+    with compiling_for(name) as kernels:
+        for span in spans:
+            for dtype in (torch.bfloat16, torch.float32):
+                hidden = torch.zeros(512, 1024, dtype=dtype)
+                config = SpanConfig(span=span, stride=span // 4, check_finite=False)
+                offsets, groups = torch.tensor([0, 256, 512]), torch.tensor([0, 0])
+                for distance in ("sinkhorn", "mmd", "cosine"):
+                    options = {**config.op_arguments(), "distance": ("sinkhorn", "chamfer", "mmd", "cosine").index(distance)}
+                    if distance != "sinkhorn" and span != spans[-1]:
+                        continue
+                    ops.span_weights(hidden, offsets, groups, torch.tensor([1, 0]), **options)
+    return list(kernels)

@@ -1,0 +1,146 @@
+"""The nearest span of every span: minima over the pairs of a chunk, in one fixed order, so that what
+is found does not depend on the order in which pairs were solved.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tables import Chunk, Tables
+from .tasks import (
+    BLOCK,
+    COL_SPAN,
+    COL_SPANS,
+    PAIR_OFFSET,
+    ROW_SPAN,
+    ROW_SPANS,
+    SPAN,
+    SPAN_ROLLOUT,
+)
+
+PAIRS = 128  # taken at a time
+
+
+class Pairs(NamedTuple):
+    """Of the pairs of a chunk: bound, then span distance (a skipped or abandoned pair keeps its
+    bound); residual; iterations.
+    """
+
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+
+
+class Nearest(NamedTuple):
+    """Of all spans: distance to the nearest span, its index (-1: none), residual, iterations, and for
+    aggregation="mean" the sum and the number of distances.
+    """
+
+    distance: Tensor
+    span: Tensor
+    residual: Tensor
+    iterations: Tensor
+    total: Tensor
+    count: Tensor
+
+    def mean(self) -> Nearest:
+        """Replace the minima by means."""
+        mean = torch.where(self.count > 0, self.total / self.count, self.distance)
+        return self._replace(distance=mean)
+
+
+@triton.jit
+def nearest_kernel(
+    spans, blocks, first_touching, touching, value, residual, iterations,
+    distance, nearest, best_residual, best_iterations, total, count,
+    MEAN: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Offer a span all of its pairs in the chunk. NaN (a group without a scale) goes before all."""
+    s = tl.program_id(0).to(tl.int64)
+    i = tl.load(spans + s * SPAN + SPAN_ROLLOUT)
+    entry = tl.load(first_touching + i)
+    end = tl.load(first_touching + i + 1)
+    best = tl.load(distance + s)
+    best = tl.where(best == best, best, -1.0)
+    who = tl.load(nearest + s)
+    pair = who * 0 - 1
+    lane = tl.arange(0, P)
+    if MEAN:
+        added = tl.load(total + s)
+        number = tl.load(count + s)
+        worst = tl.load(best_residual + s)
+        longest = tl.load(best_iterations + s)
+    while entry < end:
+        code = tl.load(touching + entry)
+        block = blocks + code // 2 * BLOCK
+        is_row = code % 2 == 0
+        row_spans = tl.load(block + ROW_SPANS)
+        col_spans = tl.load(block + COL_SPANS)
+        row_span = tl.load(block + ROW_SPAN)
+        col_span = tl.load(block + COL_SPAN)
+        own = s - tl.where(is_row, row_span, col_span)
+        other = tl.where(is_row, col_span, row_span)
+        ours = (own >= 0) & (own < tl.where(is_row, row_spans, col_spans))
+        others = tl.where(ours, tl.where(is_row, col_spans, row_spans), 0)
+        stride = tl.where(is_row, 1, col_spans)
+        origin = tl.load(block + PAIR_OFFSET) + own * tl.where(is_row, col_spans, 1)
+        k0 = others * 0
+        while k0 < others:
+            k = k0 + lane
+            there = k < others
+            v = tl.load(value + origin + k * stride, mask=there, other=0.0)
+            key = tl.where(v == v, v, -1.0)
+            key = tl.where(there, key, float("inf"))
+            lowest = tl.min(key, 0)
+            at = tl.min(tl.where(there & (key == lowest), k, others), 0)
+            better = (lowest < best) | ((lowest == best) & ((who < 0) | (other + at < who)))
+            best = tl.where(better, lowest, best)
+            who = tl.where(better, other + at, who)
+            pair = tl.where(better, origin + at * stride, pair)
+            if MEAN:
+                added += tl.sum(tl.where(there, v, 0.0), 0)
+                number += tl.minimum(others - k0, P).to(tl.int32)
+                r = tl.load(residual + origin + k * stride, mask=there, other=0.0)
+                worst = tl.maximum(worst, tl.max(r, 0))
+                n = tl.load(iterations + origin + k * stride, mask=there, other=0)
+                longest = tl.maximum(longest, tl.max(n, 0))
+            k0 += P
+        entry += 1
+    tl.store(distance + s, tl.where(best < 0, float("nan"), best))
+    tl.store(nearest + s, who)
+    if MEAN:
+        tl.store(total + s, added)
+        tl.store(count + s, number)
+        tl.store(best_residual + s, worst)
+        tl.store(best_iterations + s, longest)
+    else:
+        if pair >= 0:
+            tl.store(best_residual + s, tl.load(residual + pair))
+            tl.store(best_iterations + s, tl.load(iterations + pair))
+
+
+def nothing_found(tables: Tables) -> Nearest:
+    """Before the first chunk."""
+    device, spans = tables.spans.device, len(tables.spans)
+
+    def full(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((spans,), value, dtype=dtype, device=device)
+
+    return Nearest(
+        full(float("inf"), torch.float32), full(-1, torch.int64), full(0, torch.float32),
+        full(0, torch.int32), full(0, torch.float32), full(0, torch.int32),
+    )  # fmt: skip
+
+
+def collect(tables: Tables, chunk: Chunk, pairs: Pairs, found: Nearest, *, mean: bool) -> None:
+    """Offer all spans their pairs in a chunk."""
+    if len(tables.spans):
+        nearest_kernel[len(tables.spans),](
+            tables.spans, chunk.blocks, chunk.first_touching, chunk.touching, *pairs, *found,
+            MEAN=mean, P=PAIRS,
+        )  # fmt: skip

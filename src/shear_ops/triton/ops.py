@@ -1,0 +1,222 @@
+"""The operators of torch.ops.shear in Triton, with the arguments of their schemas (csrc/ops.cpp).
+
+The checks here keep memory safe for callers of torch.ops; the typed errors of the Python functions
+come from checks.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..checks import OP_INTEGER_DTYPES, STATE_DTYPES
+from . import bounds
+from . import sinkhorn as solver
+from .nearest import Pairs
+from .pipeline import BYTES_PER_PAIR, COSINE, MMD, Found, Options, run, token_weights
+from .tables import Tables, problem_tables, tables_of
+
+RECENT = 4  # tables that are kept for calls with the same lengths, groups and labels
+_recent: OrderedDict[Hashable, Tables] = OrderedDict()
+_captured: dict[Hashable, Tables] = {}  # graphs read them for as long as they live
+
+
+def span_weights(
+    hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, **options: Any
+) -> Tensor:
+    """Token weights (N,) float32."""
+    with _on(hidden):
+        given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
+        found = run(hidden.contiguous(), tables, given)
+        weights = token_weights(found, tables, given)
+        _check_finite(found, given)
+    return weights
+
+
+def span_distances(
+    hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    """Distance, nearest span, residual, iterations, (rollout, begin, end), counts of pairs."""
+    with _on(hidden):
+        given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
+        found = run(hidden.contiguous(), tables, given)
+        _check_finite(found, given)
+    best = found.nearest
+    begin, end, rollout = tables.spans.unbind(1)
+    places = torch.stack([rollout, begin, end], 1)
+    return best.distance, best.span, best.residual, best.iterations, places, found.counts
+
+
+def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Span distances (K1, K2) of all spans of one rollout to all of another."""
+    _check_states("x", x)
+    _check_states("y", y)
+    if x.dtype != y.dtype or x.shape[1] != y.shape[1] or x.device != y.device:
+        raise ValueError("x and y must have one dtype, dim and device")
+    hidden = torch.cat([x, y])
+    offsets = torch.tensor([0, len(x), len(hidden)])
+    with _on(hidden):
+        options["prune"] = False
+        given, tables = _prepare(
+            hidden, offsets, torch.tensor([0, 0]), torch.tensor([1, 0]), options
+        )
+        rollouts, blocks = tables.host["rollouts"], tables.host["blocks"]
+        rows, spans = int(rollouts[0, 3]), len(tables.host["spans"])
+        matrix = hidden.new_empty((rows, spans - rows), dtype=torch.float32)
+        ends = tables.host["chunks"][:, :2].tolist()
+
+        def offer(chunk: int, values: Tensor) -> None:
+            for block in blocks[slice(*ends[chunk])].tolist():
+                a, n, b, m, at = *block[1:5], block[12]
+                part = values[at : at + n * m].view(n, m)
+                matrix[a : a + n, b - rows : b - rows + m] = part
+
+        found = run(hidden, tables, given, offer)
+        _check_finite(found, given)
+    return matrix
+
+
+def sinkhorn(
+    cost: Tensor,
+    n_rows: Tensor | None = None,
+    n_cols: Tensor | None = None,
+    *,
+    reg: float,
+    n_iters: int = 100,
+    tol: float = 5e-3,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, residual and iterations (B,) of transport problems, costs (B, n, m)."""
+    _C.check_config(**{**_CONFIG, "reg": reg, "n_iters": n_iters, "tol": tol})
+    if cost.dim() != 3 or cost.dtype != torch.float32:
+        raise ValueError("cost must be a (B, n, m) float32 tensor")
+    if _capturing(cost):
+        raise RuntimeError("sinkhorn cannot be captured in a graph: it reads back a check of cost")
+    batch, n, m = cost.shape
+    device = cost.device
+    rows = _lengths("n_rows", n_rows, batch, n)
+    cols = _lengths("n_cols", n_cols, batch, m)
+    pairs = Pairs(
+        torch.empty(batch, device=device), torch.zeros(batch, device=device),
+        torch.zeros(batch, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    if batch == 0:
+        return tuple(pairs)  # type: ignore[return-value]
+    with _on(cost):
+        costs = cost.contiguous()
+        tables = problem_tables(rows, cols, n, m, device)
+        chunk, longest = tables.chunks[0], tables.longest
+        one = torch.ones(1, device=device)
+        flag = torch.zeros(1, dtype=torch.int32, device=device)
+        room = torch.empty(chunk.window_floats, device=device)
+        for columns in (False, True):
+            bounds.windows(one, tables.spans, chunk, costs, room, flag, columns=columns,
+                           what=bounds.MINIMUM, longest=longest)  # fmt: skip
+            bounds.means(one, tables.spans, chunk, room, pairs.value, None, columns=columns,
+                         what=bounds.BOUND, longest=longest)  # fmt: skip
+        counts = torch.zeros(4, dtype=torch.int64, device=device)
+        solver.solve(tables, chunk, one, costs, pairs, one, counts, reg=reg, unit_is_norm=False,
+                     n_iters=n_iters, tol=tol, prune=False)  # fmt: skip
+        if int(flag):
+            raise ValueError("cost must be finite, got NaN or Inf")
+    return tuple(pairs)  # type: ignore[return-value]
+
+
+_CONFIG: dict[str, Any] = {
+    name: value for name, value in Options().__dict__.items() if name not in ("check_finite", "prune")
+}
+
+
+def _prepare(
+    hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, options: dict[str, Any]
+) -> tuple[Options, Tables]:
+    given = Options(**options)
+    _C.check_config(**{name: getattr(given, name) for name in _CONFIG})
+    _check_states("hidden", hidden)
+    capturing = _capturing(hidden)
+    if capturing and given.check_finite:
+        raise RuntimeError(
+            "check_finite must be False inside a graph capture, got True: it reads back a flag"
+        )
+    integers = [
+        _integers(name, tensor, capturing)
+        for name, tensor in (
+            ("cu_seqlens", cu_seqlens), ("group_ids", group_ids), ("labels", labels),
+        )
+    ]  # fmt: skip
+    key = (
+        *(tuple(values) for values in integers), given.span, given.stride, given.distance,
+        hidden.device, len(hidden),
+    )  # fmt: skip
+    tables = _captured.get(key) or _recent.get(key)
+    if capturing:
+        if tables is None:
+            raise RuntimeError(
+                "inside a graph capture nothing can be copied to the device: make the same call "
+                "once before, with the same cu_seqlens, group_ids, labels, span, stride and distance"
+            )
+        _captured[key] = tables
+    elif tables is None:
+        plan = _C.make_plan(
+            *integers, dim=hidden.shape[1], span=given.span, stride=given.stride,
+            distance=given.distance, tokens=len(hidden), bytes_per_pair=BYTES_PER_PAIR,
+        )  # fmt: skip
+        tables = tables_of(
+            plan, hidden.device, of_means=given.distance == COSINE, with_self=given.distance == MMD
+        )
+        _recent[key] = tables
+        if len(_recent) > RECENT:
+            _recent.popitem(last=False)
+    return given, tables
+
+
+def _check_finite(found: Found, given: Options) -> None:
+    """The only point at which a call waits for the device."""
+    if given.check_finite and (token := int(found.states.bad_token)) < len(found.states.hidden):
+        raise ValueError(
+            "hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token "
+            f"{token}"
+        )
+
+
+def _check_states(name: str, states: Tensor) -> None:
+    if states.dim() != 2 or states.shape[1] < 1:
+        raise ValueError(f"{name} must be a (tokens, dim) tensor with dim >= 1")
+    if states.dtype not in STATE_DTYPES:
+        raise ValueError(f"{name} must be float32, float16 or bfloat16")
+
+
+def _integers(name: str, tensor: Tensor, capturing: bool) -> list[int]:
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must be a 1-d tensor")
+    if tensor.dtype not in OP_INTEGER_DTYPES:
+        raise ValueError(f"{name} must be int64, int32, int8 or bool")
+    if capturing and tensor.device.type != "cpu":
+        raise RuntimeError(f"{name} must be on the CPU inside a graph capture, got {tensor.device}")
+    return tensor.tolist()  # type: ignore[no-any-return]
+
+
+def _lengths(name: str, given: Tensor | None, batch: int, size: int) -> np.ndarray[Any, Any]:
+    if given is None:
+        return np.full(batch, size, np.int64)
+    lengths = np.array(_integers(name, given, capturing=False), np.int64)
+    if len(lengths) != batch:
+        raise ValueError(f"{name} must have one entry per problem")
+    if ((lengths < 1) | (lengths > size)).any():
+        raise ValueError(f"{name} must be in [1, {size}], got {lengths.tolist()}")
+    return lengths
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,158 @@
+"""The steps of one call: states -> token costs -> bounds -> sinkhorn -> nearest spans -> token
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from . import bounds, nearest, sinkhorn
+from .nearest import Nearest, Pairs
+from .span_means import cosine_distances, span_means
+from .states import States, measure
+from .tables import Chunk, Tables
+from .tasks import TOKENS
+from .token_cost import token_costs
+from .token_weights import token_weights_kernel
+
+# Enumerators of csrc/problem.h.
+SINKHORN, CHAMFER, MMD, COSINE = range(4)
+BYTES_PER_PAIR = 40  # value, residual, iterations, and what sorting them takes
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of torch.ops.shear, with its defaults."""
+
+    span: int = 100
+    stride: int = 25
+    reg: float = 0.03
+    n_iters: int = 100
+    tol: float = 5e-3
+    reg_unit: int = 0
+    distance: int = 0
+    normalization: int = 0
+    pooling: int = 0
+    aggregation: int = 0
+    check_finite: bool = True
+    prune: bool = True
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a call found; counts: (5,) int64 pairs in all, bounded, abandoned, solved, stopped."""
+
+    states: States
+    nearest: Nearest
+    counts: Tensor
+
+
+def run(
+    hidden: Tensor,
+    tables: Tables,
+    options: Options,
+    offer: Callable[[int, Tensor], None] | None = None,
+) -> Found:
+    """Find the nearest spans; offer: called with the values of the pairs of every chunk."""
+    mean = options.aggregation == 1
+    states = measure(hidden, tables, center=options.distance != COSINE)
+    known = span_means(states, tables) if options.distance == COSINE else states
+    found = nearest.nothing_found(tables)
+    best = torch.full_like(found.distance, float("inf"))
+    counts = torch.zeros(5, dtype=torch.int64, device=hidden.device)
+    if tables.chunks:
+        counts[0] = sum(chunk.pairs.total for chunk in tables.chunks)
+    room = _Room(tables, options, hidden.device)
+    self_similarity = _self_similarity(known, tables, room) if options.distance == MMD else None
+    for number, chunk in enumerate(tables.chunks):
+        pairs = room.pairs(chunk.pairs.total)
+        if options.distance == COSINE:
+            token_costs(known, chunk, pairs.value)
+            cosine_distances(known, chunk, pairs.value)
+        else:
+            with record_function("shear::token_costs"):
+                token_costs(known, chunk, room.costs)
+            with record_function("shear::bounds"):
+                _reduce(known, tables, chunk, room, pairs.value, options.distance, self_similarity)
+        with record_function("shear::solve"):
+            if options.distance == SINKHORN:
+                sinkhorn.solve(
+                    tables, chunk, known.group_norm, room.costs, pairs, best, counts[1:],
+                    reg=options.reg, unit_is_norm=options.reg_unit == 0, n_iters=options.n_iters,
+                    tol=options.tol, prune=options.prune and not mean,
+                )  # fmt: skip
+            else:
+                counts[3] += chunk.pairs.total
+        with record_function("shear::nearest_spans"):
+            nearest.collect(tables, chunk, pairs, found, mean=mean)
+        if offer is not None:
+            offer(number, pairs.value)
+    return Found(states, found.mean() if mean else found, counts)
+
+
+class _Room:
+    """Workspace, as large as the largest chunk."""
+
+    def __init__(self, tables: Tables, options: Options, device: torch.device) -> None:
+        tokens = [] if options.distance == COSINE else [*tables.chunks, *tables.self_chunks]
+        self.device = device
+        self.costs = self.new(max((c.cost_floats for c in tokens), default=0))
+        self.windows = self.new(max((c.window_floats for c in tokens), default=0))
+        self.most = max((c.pairs.total for c in tables.chunks), default=0)
+        self.solved = Pairs(
+            self.new(self.most), self.new(self.most), self.new(self.most, torch.int32)
+        )
+
+    def new(self, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self.device)
+
+    def pairs(self, total: int) -> Pairs:
+        pairs = Pairs(*(t[:total] for t in self.solved))
+        pairs.residual.zero_()
+        pairs.iterations.zero_()
+        return pairs
+
+
+def _reduce(
+    states: States, tables: Tables, chunk: Chunk, room: _Room, values: Tensor, distance: int,
+    self_similarity: Tensor | None,
+) -> None:  # fmt: skip
+    """Token costs to bounds, or for the distances made of the same reductions to distances."""
+    norm, spans, longest = states.group_norm, tables.spans, tables.longest
+    for columns in (False,) if distance == MMD else (False, True):
+        bounds.windows(
+            norm, spans, chunk, room.costs, room.windows, None, columns=columns,
+            what=bounds.SIMILARITY if distance == MMD else bounds.MINIMUM, longest=longest,
+        )  # fmt: skip
+        bounds.means(
+            norm, spans, chunk, room.windows, values, self_similarity, columns=columns,
+            what={MMD: bounds.MMD, CHAMFER: bounds.CHAMFER}.get(distance, bounds.BOUND),
+            longest=longest,
+        )  # fmt: skip
+
+
+def _self_similarity(states: States, tables: Tables, room: _Room) -> Tensor:
+    """mmd: the mean of k(x, x') over the token pairs of every span."""
+    out = room.new(len(tables.spans))
+    for chunk in tables.self_chunks:
+        token_costs(states, chunk, room.costs)
+        _reduce(states, tables, chunk, room, out, MMD, None)
+    return out
+
+
+def token_weights(found: Found, tables: Tables, options: Options) -> Tensor:
+    """Weights (N,) of the tokens."""
+    states = found.states
+    weights = torch.empty(len(states.hidden), dtype=torch.float32, device=states.hidden.device)
+    if tables.tokens.total:
+        token_weights_kernel[tables.tokens.total,](
+            tables.rollouts, tables.tokens.first, len(tables.rollouts), found.nearest.distance,
+            states.group_norm, states.rollout_norm, weights, options.span, options.stride,
+            BY_GROUP=options.normalization == 0, MAXIMUM=options.pooling == 0, T=TOKENS,
+        )  # fmt: skip
+    return weights
