@@ -65,7 +65,6 @@ class _Driver:
 @contextmanager
 def compiling_for(name: str) -> Iterator[list[Kernel]]:
     """Inside, launches of Triton kernels compile for this target, and are listed; none runs."""
-    import triton
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -86,19 +85,17 @@ def compiling_for(name: str) -> Iterator[list[Kernel]]:
 
     found: list[Kernel] = []
     backend = TARGETS[name][0]
-    facts = target.Target(132, backend == "cuda", "tf32x3" if backend == "cuda" else "ieee", False)
-    before = driver._active if hasattr(driver, "_active") else None
-    driver.set_active(_Driver(name))
-    try:
-        with (
-            mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(sinkhorn, "target_of", lambda device: facts),
-            mock.patch.object(token_cost, "target_of", lambda device: facts),
-        ):
-            yield found
-    finally:
-        driver.set_active(before) if before is not None else driver.reset_active()
-    assert triton is not None
+    on_nvidia = backend == "cuda"
+    facts = target.Target(
+        132, on_nvidia, "tf32x3" if on_nvidia else "ieee", SHARED[name], int(not on_nvidia), False
+    )
+    with (
+        mock.patch.object(driver, "_active", _Driver(name)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(sinkhorn, "target_of", lambda device: facts),
+        mock.patch.object(token_cost, "target_of", lambda device: facts),
+    ):
+        yield found
 
 
 def compile_all(name: str, spans: tuple[int, ...] = SPANS) -> list[Kernel]:
@@ -117,3 +114,47 @@ def compile_all(name: str, spans: tuple[int, ...] = SPANS) -> list[Kernel]:
                         continue
                     ops.span_weights(hidden, offsets, groups, torch.tensor([1, 0]), **options)
     return list(kernels)
+
+
+def _tool(name: str) -> Path:
+    """A program that comes with Triton's wheel."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def resources(kernel: Kernel) -> dict[str, int]:
+    """Registers of a thread and bytes of local memory (the stack) of a cubin."""
+    out = _dump("-res-usage", kernel)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    assert found is not None, out
+    return {"registers": int(found[1]), "stack_bytes": int(found[2])}
+
+
+def _dump(option: str, kernel: Kernel) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.binary)
+        file.flush()
+        command = [str(_tool("cuobjdump")), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.M)
+
+
+def hot_loop(kernel: Kernel, instruction: str) -> Counter[str] | None:
+    """Instructions of the smallest loop that has half of the most of this kind in one place.
+
+    That is the innermost loop of the work: a jump back, and everything between it and its target.
+    """
+    code = [(int(at, 16), op, rest) for at, op, rest in LINE.findall(_dump("-sass", kernel))]
+    loops = []
+    for at, op, rest in code:
+        jump = re.search(r"0x([0-9a-f]+)", rest)
+        if op.startswith("BRA") and jump and int(jump[1], 16) <= at:
+            begin = int(jump[1], 16)
+            loops.append(
+                Counter(o.split(".")[0] for a, o, _ in code if begin <= a <= at)
+            )
+    some = [loop for loop in loops if loop[instruction] >= 16]
+    return min(some, key=lambda loop: loop.total(), default=None)

@@ -42,6 +42,8 @@ from .tasks import (
 FAR = tl.constexpr(1e30)  # cost of padding
 DRIFT = tl.constexpr(20.0)  # log2 of a scaling beyond which it is absorbed
 LOST = tl.constexpr(2000.0)  # and beyond which nothing is left to absorb
+HUGE = tl.constexpr(1e30)
+LIMIT = tl.constexpr(1e20)
 TEST_EVERY = tl.constexpr(4)  # iterations from one choice of omega to the next
 TOP_LEVEL = tl.constexpr(5)  # a scaling is updated by y^-omega, omega = 2 - 2^-level
 LN2 = tl.constexpr(0.6931471805599453)
@@ -190,7 +192,7 @@ def solve_pair(
             stop_at = tl.minimum(n_iters, tl.minimum(dual_at, test_at))
             stop_at = tl.where(it == 0, 1, stop_at)  # over-relaxed from the start can diverge
             omega = 2.0 - tl.exp2(-level.to(tl.float32))
-            drift = error
+            y = u
             go = it < stop_at
             while go:
                 y = tl.where(is_row, u * sum_row(k * v[None, :, :]), 1.0)
@@ -200,11 +202,15 @@ def solve_pair(
                 log_v -= omega * log2(z, APPROXIMATE)
                 v = exp2(log_v, APPROXIMATE)
                 it += 1
-                residual = tl.sum(tl.abs(y - 1.0), 0) / rows
-                drift = tl.max(tl.max(tl.abs(log_v), 1), 0)
-                drift = tl.maximum(drift, tl.max(tl.abs(log_u), 0))
-                wanting = (residual > tol) | (it < finish_from)
-                go = (it < stop_at) & (drift < DRIFT) & wanting & (residual < float("inf"))
+                # one sum over the rows tells it all: a drifted scaling makes it huge, NaN stays NaN
+                signal = tl.abs(y - 1.0) + tl.where(tl.abs(log_u) < DRIFT, 0.0, HUGE)
+                signal = tl.sum(signal, 0) / rows
+                steady = tl.max(tl.max(tl.abs(log_v), 1), 0) < DRIFT
+                wanting = (signal > tol) | (it < finish_from)
+                go = (it < stop_at) & steady & wanting & (signal < LIMIT)
+            residual = tl.sum(tl.abs(y - 1.0), 0) / rows
+            drift = tl.max(tl.max(tl.abs(log_v), 1), 0)
+            drift = tl.maximum(drift, tl.max(tl.abs(log_u), 0))
             last = it >= n_iters
             level = tl.where(it == 1, 1, level)
             if it == test_at:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .tasks import COST_TILE, LINES, SPANS, TOKENS
+from .tasks import COST_COLS, COST_ROWS, LINES, SPANS, TOKENS
 
 Integers = NDArray[np.int64]
 
@@ -127,8 +127,8 @@ def _chunk(blocks: Integers, row_of: Integers, col_of: Integers, rollouts: int, 
     order = np.lexsort((entries, sides))
     table = upload.add(wide)
     programs = {
-        "cost_tiles": _tiles(blocks[:, ROW_TOKENS], COST_TILE)
-        * _tiles(blocks[:, COL_TOKENS], COST_TILE),
+        "cost_tiles": _tiles(blocks[:, ROW_TOKENS], COST_ROWS)
+        * _tiles(blocks[:, COL_TOKENS], COST_COLS),
         "row_lines": _tiles(blocks[:, ROW_TOKENS], LINES),
         "col_lines": _tiles(blocks[:, COL_TOKENS], LINES),
         "row_means": blocks[:, ROW_SPANS] * _tiles(blocks[:, COL_SPANS], SPANS),

@@ -21,23 +21,36 @@ class Target:
             against denormals; Triton's own expand to several instructions.
         precision: how Triton multiplies float32 matrices. One product of TF32 is too coarse; three
             are as good as float32, on tensor cores.
+        shared: bytes of shared memory that a program may take.
+        extra_stages: of a pipelined loop, that take no shared memory.
         upcast: the interpreter multiplies the bit patterns of bfloat16.
     """
 
     processors: int
     approximate: bool
     precision: str
+    shared: int
+    extra_stages: int
     upcast: bool
+
+    def stages(self, bytes_each: int) -> int:
+        """Return how many steps of a loop over operands of so many bytes can be under way."""
+        return max(1, min(4, self.shared // bytes_each)) + self.extra_stages
+
+
+KIB = 1024
 
 
 @cache
 def target_of(device: torch.device) -> Target:
     """Return the facts of a device; on the CPU, those of Triton's interpreter."""
     if INTERPRETED or device.type == "cpu":
-        return Target(1, False, "ieee", True)
+        return Target(1, False, "ieee", 64 * KIB, 0, True)
     if device.type == "xpu":
-        return Target(torch.xpu.get_device_properties(device).max_compute_units, False, "ieee", False)
-    count = torch.cuda.get_device_properties(device).multi_processor_count
+        units = torch.xpu.get_device_properties(device).max_compute_units
+        return Target(units, False, "ieee", 64 * KIB, 1, False)
+    facts = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target(count, False, "ieee", False)
-    return Target(count, True, "tf32x3", False)
+        return Target(facts.multi_processor_count, False, "ieee", 64 * KIB, 1, False)
+    shared = facts.shared_memory_per_block_optin
+    return Target(facts.multi_processor_count, True, "tf32x3", shared, 0, False)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 # Of one program; tables.py counts programs by them.
-COST_TILE = 128  # rows and columns of token costs
+COST_ROWS, COST_COLS = 128, 256  # of token costs
 LINES = 32  # rows or columns of token costs whose windows are reduced
 SPANS = 32  # pairs of one span with others
 TOKENS = 128  # of one rollout
