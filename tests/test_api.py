@@ -185,7 +185,7 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "labels must be 1, 0 or -1, got -2 at entry 0", {"labels": [-2, 0, 0, 1, 0]}),
     (TypeError, "config must be a SpanConfig, got dict", {"config": CONFIG}),
     (ValueError, "backend must be one of cpu, cuda, triton, reference or None, got 'gpu'", {"backend": "gpu"}),
-    (ValueError, "backend 'triton' is not available", {"backend": "triton"}),
+    (ValueError, "backend 'triton' (is not available|wants hidden on a GPU)", {"backend": "triton"}),
     (ValueError, "distance 'exact' is not computed by backend 'cpu'", {"backend": "cpu", "config": SpanConfig(distance="exact")}),
 ]  # fmt: skip
 
@@ -270,7 +270,7 @@ SINKHORN_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "cost must have at least one", {"cost": COST[:, :0]}),
     (ValueError, "cost must have at least one", {"cost": COST[:, :, :0]}),
     (ValueError, "cost must be finite, got NaN or Inf", {"cost": COST / 0}),
-    (ValueError, "cost must be on the CPU", {"cost": COST.to("meta")}),
+    (ValueError, "cost is on meta, for which there is no backend here", {"cost": COST.to("meta")}),
     (ValueError, "reg must be positive", {"reg": 0.0}),
     (ValueError, r"n_rows must be in \[1, 3\], got \[1, 4\]", {"n_rows": [1, 4]}),
     (ValueError, r"n_cols must be in \[1, 4\], got \[0, 4\]", {"n_cols": [0, 4]}),
@@ -304,4 +304,5 @@ def test_every_backend_says_why_it_is_missing() -> None:
     status = backends.status()
     assert list(status) == ["cpu", "cuda", "triton", "reference"]
     assert status["cpu"] is None
-    assert status["triton"]
+    for name, reason in status.items():
+        assert reason is None or len(reason) > 10, name

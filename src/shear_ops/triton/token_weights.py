@@ -49,7 +49,7 @@ def token_weights_kernel(
         covers = there & (k <= high)
         d = tl.load(distance + first_span + k, mask=covers, other=0.0)
         if MAXIMUM:
-            pooled = tl.where(d <= pooled, pooled, d)  # keeps NaN
+            pooled = tl.where((d <= pooled) | (pooled != pooled), pooled, d)  # keeps NaN
         else:
             pooled += d
         step += 1

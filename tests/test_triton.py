@@ -1,0 +1,284 @@
+"""What only the Triton backend has: several chunks, large spans, its operators on a GPU, graphs.
+
+Runs in Triton's interpreter (TRITON_INTERPRET=1, `make interpreted`) and on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import shear_ops
+from rollouts_for_tests import CONFIG, arguments
+from shear_ops import SpanConfig, backends
+from test_backends import device_of, span_distances
+
+REASON = backends.status()["triton"]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or backends.interpreted(), reason="no CUDA or ROCm GPU"
+)
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    return device_of("triton")
+
+
+def moved(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    given = arguments(dtype)
+    return {**given, "hidden": given["hidden"].to(device)}
+
+
+def in_single_blocks(plan: dict[str, Any]) -> dict[str, Any]:
+    """The same plan with every block in a chunk of its own."""
+    blocks, chunks = plan["blocks"].copy(), []
+    blocks[:, 10:] = 0  # offsets into the chunk
+    for k, block in enumerate(blocks.tolist()):
+        rows, cols = block[2], block[4]
+        chunks.append([k, k + 1, block[6] * block[9], block[6] * cols, rows * cols])
+    return {**plan, "blocks": blocks, "chunks": torch.tensor(chunks).numpy()}
+
+
+@pytest.mark.parametrize("distance", ["sinkhorn", "cosine"])
+def test_chunks_change_no_bit(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shear_ops.triton import ops
+
+    config = SpanConfig(**CONFIG, distance=distance)
+    whole = span_distances("triton", arguments(), config=config)
+    make_plan = ops._C.make_plan
+    monkeypatch.setattr(ops._C, "make_plan", lambda *a, **k: in_single_blocks(make_plan(*a, **k)))
+    ops._recent.clear()
+    parts = span_distances("triton", arguments(), config=config)
+    ops._recent.clear()
+    for name in ("distance", "nearest", "residual", "iterations"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+    assert (whole.nearest >= 0).any()
+    assert parts.pairs.total == whole.pairs.total
+
+
+@pytest.mark.parametrize("distance", ["sinkhorn", "chamfer", "mmd", "cosine"])
+def test_pair_distances(distance: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(n, 8, generator=generator) for n in (50, 33))
+    config = SpanConfig(span=16, stride=9, distance=distance)
+    seen = shear_ops.pair_distances(x.to(device), y.to(device), config=config, backend="triton")
+    wanted = shear_ops.pair_distances(x, y, config=config, backend="cpu")
+    torch.testing.assert_close(seen.cpu(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def ragged_problems() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(4, n, 4, generator=generator) for n in (40, 33))
+    cost = torch.cdist(x, y) - 1  # costs of any sign
+    cost[2, 7:] = 1e9  # outside the rows in use
+    return cost, torch.tensor([40, 1, 7, 32]), torch.tensor([33, 33, 20, 1])
+
+
+@pytest.mark.parametrize("reg", [0.5, 0.05])
+@pytest.mark.parametrize("tiles", ["by size", "none"])
+def test_sinkhorn(
+    tiles: str, reg: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In registers, and by the solver of what does not fit there."""
+    from shear_ops.triton import sinkhorn
+
+    if tiles == "none":
+        monkeypatch.setattr(sinkhorn, "TILES", ())
+    cost, rows, columns = ragged_problems()
+    given: dict[str, Any] = {"reg": reg, "n_rows": rows, "n_cols": columns}
+    seen = shear_ops.sinkhorn(cost.to(device), backend="triton", **given)
+    wanted = shear_ops.sinkhorn(cost, backend="cpu", **given)
+    torch.testing.assert_close(seen.value.cpu(), wanted.value, rtol=1e-3, atol=1e-4)
+    assert (seen.residual.cpu()[wanted.converged] <= 5e-3).all()
+    assert torch.equal(seen.converged.cpu(), wanted.converged)
+
+
+@pytest.mark.parametrize("size", [(200, 150), (260, 3)])
+def test_sinkhorn_of_large_problems(size: tuple[int, int], device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(1, n, 4, generator=generator) for n in size)
+    wanted = shear_ops.sinkhorn(x=x, y=y, reg=0.3)
+    seen = shear_ops.sinkhorn(x=x.to(device), y=y.to(device), reg=0.3, backend="triton")
+    torch.testing.assert_close(seen.value.cpu(), wanted.value, rtol=1e-3, atol=0)
+
+
+def test_sinkhorn_that_diverges_recovers(device: torch.device) -> None:
+    """Two clusters of unequal mass at a tiny reg: scalings drift and overflow, never a NaN."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 30, 4, generator=generator)
+    y = torch.randn(1, 28, 4, generator=generator)
+    x[:, :13] += 30
+    y[:, :5] += 30
+    cost = torch.cdist(x, y)
+    for reg in (0.5, 0.02):
+        wanted = shear_ops.sinkhorn(cost, reg=reg, n_iters=60)
+        seen = shear_ops.sinkhorn(cost.to(device), reg=reg, n_iters=60, backend="triton")
+        assert seen.value.isfinite().all()
+        torch.testing.assert_close(seen.value.cpu(), wanted.value, rtol=5e-2, atol=0)
+
+
+def test_sinkhorn_errors(device: torch.device) -> None:
+    cost, rows, _ = ragged_problems()
+    for broken in (float("nan"), float("inf")):
+        cost[0, 3, 5] = broken
+        with pytest.raises(ValueError, match="cost must be finite, got NaN or Inf"):
+            shear_ops.sinkhorn(cost.to(device), reg=1.0, backend="triton")
+    cost[0, 3, 5] = 1.0
+    cost[2, 9] = float("nan")  # outside the rows in use
+    assert shear_ops.sinkhorn(
+        cost.to(device), reg=1.0, n_rows=rows, backend="triton"
+    ).value.isfinite().all()
+    assert shear_ops.sinkhorn(torch.zeros(0, 3, 4, device=device), reg=1.0, backend="triton")
+    with pytest.raises(ValueError, match="call shear_ops.reference.sinkhorn"):
+        shear_ops.sinkhorn(cost, reg=1.0, backend="reference")
+
+
+def test_states_that_are_not_finite(device: torch.device) -> None:
+    given = moved(device)
+    given["hidden"][9, 3] = torch.inf
+    with pytest.raises(ValueError, match="hidden must be finite.*token 9"):
+        shear_ops.span_weights(**given, config=SpanConfig(**CONFIG), backend="triton")
+    config = SpanConfig(**CONFIG, check_finite=False)
+    poisoned = shear_ops.span_weights(**given, config=config, backend="triton")
+    assert poisoned[:106].isnan().all()  # its group
+    assert (poisoned[106:] == 1).all()
+
+
+def test_direct_calls_are_memory_safe(device: torch.device) -> None:
+    from shear_ops.triton import ops
+
+    good = moved(device)
+    bad: list[tuple[str, Tensor, str]] = [
+        ("cu_seqlens", torch.tensor([0, 37, 37, 42, 106, 127]), "cu_seqlens must end at"),
+        ("cu_seqlens", torch.tensor([0, 37, 30, 42, 106, 126]), "cu_seqlens must not decrease"),
+        ("cu_seqlens", good["cu_seqlens"].float(), "cu_seqlens must be int64"),
+        ("group_ids", good["group_ids"][:2], "group_ids must have 5 entries"),
+        ("labels", torch.tensor([1, 0, 0, 2, 0]), "labels must be 1, 0 or -1, got 2 at entry 3"),
+        ("labels", torch.tensor([[1, 0]]), "labels must be a 1-d"),
+        ("hidden", good["hidden"].double(), "hidden must be float32"),
+        ("hidden", good["hidden"][None], "hidden must be a"),
+        ("hidden", good["hidden"][:, :0], "with dim >= 1"),
+    ]
+    for name, value, message in bad:
+        for op in (ops.span_weights, ops.span_distances):
+            with pytest.raises(ValueError, match=message):
+                op(*{**good, name: value}.values())
+    for name, value in {"span": 0, "reg": 0.0, "n_iters": 0, "tol": -1.0, "distance": 4}.items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            ops.span_weights(*good.values(), **{name: value})
+    with pytest.raises(ValueError, match="x and y must have one dtype"):
+        ops.pair_distances(torch.zeros(3, 4, device=device), torch.zeros(3, 5, device=device))
+    with pytest.raises(ValueError, match="n_rows must be in"):
+        ops.sinkhorn(torch.zeros(1, 2, 3, device=device), torch.tensor([3]), reg=1.0)
+
+
+def test_strided_states(device: torch.device) -> None:
+    given = moved(device)
+    config = SpanConfig(**CONFIG)
+    wanted = shear_ops.span_weights(**given, config=config, backend="triton")
+    wide = torch.stack([given["hidden"], given["hidden"] + 1], 2)
+    given["hidden"] = wide[:, :, 0]
+    assert not given["hidden"].is_contiguous()
+    assert torch.equal(shear_ops.span_weights(**given, config=config, backend="triton"), wanted)
+
+
+# ---- on a GPU
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["span_weights", "span_distances"])
+def test_opcheck(name: str, device: torch.device) -> None:
+    from torch.library import opcheck
+
+    op = getattr(torch.ops.shear, name).default
+    opcheck(op, tuple(moved(device).values()), CONFIG)
+
+
+@on_a_gpu
+def test_the_operator_is_chosen_and_compiles_in_one_graph(device: torch.device) -> None:
+    given, config = moved(device), SpanConfig(**CONFIG)
+    wanted = shear_ops.span_weights(**given, config=config)
+    compiled = torch.compile(
+        lambda **k: shear_ops.span_weights(**k, config=config) * 2, fullgraph=True, dynamic=True
+    )
+    torch.testing.assert_close(compiled(**given), 2 * wanted)
+    cpu = shear_ops.span_weights(**arguments(), config=config)
+    torch.testing.assert_close(wanted.cpu(), cpu, rtol=2e-3, atol=0)
+
+
+@on_a_gpu
+def test_bits_from_run_to_run(device: torch.device) -> None:
+    """Enough pairs that programs race for the queue."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(8 * 700, 256, generator=generator).to(device, torch.bfloat16)
+    given: dict[str, Any] = {
+        "hidden": hidden, "cu_seqlens": torch.arange(9) * 700, "group_ids": [0] * 8,
+        "labels": [1, 0] * 4,
+    }  # fmt: skip
+    for backend in backends.status():
+        if backend in ("cpu", "reference") or backends.status()[backend] is not None:
+            continue
+        wanted = shear_ops.span_distances(**given, backend=backend)
+        for prune in (True, True, False):
+            seen = shear_ops.span_distances(**given, backend=backend, prune=prune)
+            for name in ("distance", "nearest", "residual", "iterations"):
+                assert torch.equal(getattr(seen, name), getattr(wanted, name)), name
+
+
+@on_a_gpu
+@pytest.mark.parametrize("distance", ["sinkhorn", "mmd"])
+def test_graph_capture_and_replay(distance: str, device: torch.device) -> None:
+    given = moved(device)
+    config = SpanConfig(**CONFIG, check_finite=False, distance=distance)
+    call = lambda: shear_ops.span_weights(**given, config=config)  # noqa: E731
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seen = call()
+    for scale in (1.0, 2.0, 0.5):
+        given["hidden"].copy_(scale * arguments()["hidden"] + scale)
+        graph.replay()
+        assert torch.equal(seen, call())
+
+
+@on_a_gpu
+def test_capture_says_what_it_wants(device: torch.device) -> None:
+    given, config = moved(device), SpanConfig(span=11, stride=3, check_finite=False)
+    for change, message in (
+        ({"config": SpanConfig(check_finite=True)}, "check_finite must be False inside a graph"),
+        ({"config": config}, "make the same call once before"),
+    ):
+        arguments_of_call = {**given, "config": config, **change}
+        with (
+            pytest.raises(RuntimeError, match=message),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            shear_ops.span_weights(**arguments_of_call)
+
+
+@on_a_gpu
+def test_addresses_beyond_2_to_the_31(device: torch.device) -> None:
+    """N * d past 2^31: the second group's weights are those of the same rollouts alone."""
+    if torch.cuda.get_device_properties(device).total_memory < 24 * 2**30:
+        pytest.skip("takes 12 GiB")
+    dim, tokens = 8192, 270_000
+    hidden = torch.zeros(tokens, dim, dtype=torch.bfloat16, device=device)
+    own = torch.randn(400, dim, generator=torch.Generator().manual_seed(6)).to(device).bfloat16()
+    hidden[-400:] = own
+    labels = torch.tensor([1, 0])
+    alone = shear_ops.span_weights(
+        own, cu_seqlens=torch.tensor([0, 200, 400]), group_ids=[0, 0], labels=labels
+    )
+    both = shear_ops.span_weights(
+        hidden, cu_seqlens=torch.tensor([0, tokens - 400, tokens - 200, tokens]),
+        group_ids=[1, 0, 0], labels=torch.tensor([1, 1, 0]),
+    )  # fmt: skip
+    assert torch.equal(both[-400:], alone)
