@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench lint format emulated sanitized oldest-torch clean
+.PHONY: demo test bench lint format emulated interpreted sanitized oldest-torch clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
@@ -45,6 +45,10 @@ emulated: $(VENV)/installed
 	PYTHONPATH=build/emulated SHEAR_ISA=avx512 $(BIN)/python -m pytest -q tests/test_backends.py
 	PYTHONPATH=build/emulated SHEAR_ISA=avx512_bf16 $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
 	PYTHONPATH=build/emulated SHEAR_ISA=amx $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
+
+# Runs the Triton kernels on a machine without a GPU, in Triton's interpreter.
+interpreted: $(VENV)/installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton.py tests/test_backends.py -k triton
 
 # The problem table under AddressSanitizer and UndefinedBehaviorSanitizer: a kernel that reads or writes beyond its memory.
 sanitized: $(VENV)/installed

@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, without a GPU: registers, shared memory, spills, hot loops.
 
-    python -m bench.offline                # writes bench/results/triton-offline.json
+    python -m bench.offline                # writes bench/results/offline/triton.json
 
 A call of span_weights is made under a driver that names a target and launches nothing, so that what
 is compiled is what that call would compile there.
@@ -29,7 +29,14 @@ from .record import RESULTS, run_facts
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes of a program
-SPANS = (32, 64, 100)  # one for every tile of the solver
+SPANS = (32, 64, 100, 200)  # one for every tile of the solver, and one that fits none
+DIM = 3584
+
+
+RECORD = RESULTS / "offline" / "triton.json"  # not one of a device: bench.report reads those
+HOT = ("token_cost_kernel", "solve_kernel")
+# multiply-adds of a loop that is taken for the innermost one of the work: on tensor cores, or not
+LEAST = {"HGMMA": 2, "HMMA": 16, "FFMA": 16}
 
 
 @dataclass(frozen=True)
@@ -99,20 +106,19 @@ def compiling_for(name: str) -> Iterator[list[Kernel]]:
 
 
 def compile_all(name: str, spans: tuple[int, ...] = SPANS) -> list[Kernel]:
-    """Compile every kernel that calls with these spans take, in bfloat16 and float32."""
+    """Compile every kernel that calls with these spans take, for all dtypes and distances."""
     from shear_ops.triton import ops
 
+    offsets, groups, labels = (torch.tensor(v) for v in ([0, 256, 512], [0, 0], [1, 0]))
     with compiling_for(name) as kernels:
-        for span in spans:
-            for dtype in (torch.bfloat16, torch.float32):
-                hidden = torch.zeros(512, 1024, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32):
+            hidden = torch.zeros(512, DIM, dtype=dtype)
+            for span in spans:
                 config = SpanConfig(span=span, stride=span // 4, check_finite=False)
-                offsets, groups = torch.tensor([0, 256, 512]), torch.tensor([0, 0])
-                for distance in ("sinkhorn", "mmd", "cosine"):
-                    options = {**config.op_arguments(), "distance": ("sinkhorn", "chamfer", "mmd", "cosine").index(distance)}
-                    if distance != "sinkhorn" and span != spans[-1]:
-                        continue
-                    ops.span_weights(hidden, offsets, groups, torch.tensor([1, 0]), **options)
+                ops.span_weights(hidden, offsets, groups, labels, **config.op_arguments())
+            for distance in ("mmd", "cosine"):
+                config = SpanConfig(distance=distance, check_finite=False)
+                ops.span_weights(hidden, offsets, groups, labels, **config.op_arguments())
     return list(kernels)
 
 
@@ -142,10 +148,11 @@ def _dump(option: str, kernel: Kernel) -> str:
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.M)
 
 
-def hot_loop(kernel: Kernel, instruction: str) -> Counter[str] | None:
-    """Instructions of the smallest loop that has half of the most of this kind in one place.
+def hot_loop(kernel: Kernel) -> tuple[str, Counter[str]] | None:
+    """What the innermost loop of a kernel's work multiplies with, and the loop's instructions.
 
-    That is the innermost loop of the work: a jump back, and everything between it and its target.
+    A loop is a jump back and everything between it and its target; the innermost one is the smallest
+    that has LEAST multiply-adds.
     """
     code = [(int(at, 16), op, rest) for at, op, rest in LINE.findall(_dump("-sass", kernel))]
     loops = []
@@ -156,5 +163,53 @@ def hot_loop(kernel: Kernel, instruction: str) -> Counter[str] | None:
             loops.append(
                 Counter(o.split(".")[0] for a, o, _ in code if begin <= a <= at)
             )
-    some = [loop for loop in loops if loop[instruction] >= 16]
-    return min(some, key=lambda loop: loop.total(), default=None)
+    for instruction, least in LEAST.items():
+        some = [loop for loop in loops if loop[instruction] >= least]
+        if some:
+            return instruction, min(some, key=lambda loop: loop.total())
+    return None
+
+
+def facts(kernel: Kernel) -> dict[str, Any]:
+    """What goes into the record."""
+    out: dict[str, Any] = {
+        "kernel": kernel.name, "variant": kernel.variant, "warps": kernel.warps,
+        "shared_bytes": kernel.shared,
+    }  # fmt: skip
+    if not kernel.binary or not _tool("cuobjdump").exists():
+        return out
+    out |= resources(kernel)
+    loop = hot_loop(kernel)
+    if kernel.name in HOT and loop is not None:
+        instruction, counts = loop
+        out["hot_loop"] = {
+            "instructions": counts.total(), "multiplies_with": instruction,
+            "spills": counts["LDL"] + counts["STL"], **dict(counts.most_common(8)),
+        }  # fmt: skip
+    return out
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=RECORD)
+@click.option("--target", multiple=True, type=click.Choice(list(TARGETS)), help="[default: all]")
+def main(out: Path, target: tuple[str, ...]) -> None:
+    """Compile all Triton kernels for GPUs that need not be here, and record what came out.
+
+    Takes about two minutes; nothing in the record was measured on a GPU.
+
+    Example: python -m bench.offline --target sm_90 --out /tmp/sm_90.json
+    """
+    from importlib.metadata import version
+
+    record = {
+        "run": {k: v for k, v in run_facts("").items() if k in ("commit", "dirty", "date")},
+        "triton": version("triton"),
+        "targets": {name: [facts(k) for k in compile_all(name)] for name in target or TARGETS},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    click.echo(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()

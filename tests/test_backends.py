@@ -37,7 +37,7 @@ INTERPRETED = {
     "spans of one token": DTYPES[2:],
     "spans of 50 every 30": DTYPES[:2],
     "paper spans, odd lengths": DTYPES[1:],
-    "shared prefix, offset": DTYPES[:2],
+    "shared prefix, offset": DTYPES[1:2],
     "identical rollouts": DTYPES[2:],
     "rollouts of one repeated token": DTYPES[:1],
     "near-duplicates 1e-3": DTYPES[1:2],
@@ -53,14 +53,14 @@ INTERPRETED = {
     "reg 4.5 in units of cost": DTYPES[:1],
     "two clusters, reg 0.01": DTYPES[:1],
     "dim 1": DTYPES[:1],
-    "dim 129": DTYPES,
+    "dim 129": DTYPES[:2],
     "norms 1e+06": DTYPES[:1],
     "norms 1e-04": DTYPES[:1],
     "all states zero": DTYPES[:1],
     "correct states zero": DTYPES[1:2],
     "outlier dimensions": DTYPES[2:],
     "chamfer": DTYPES,
-    "mmd": DTYPES,
+    "mmd": DTYPES[:1],
     "cosine": DTYPES,
     "normalised by rollout": DTYPES[:1],
     "mean pooling": DTYPES[1:2],
@@ -72,7 +72,7 @@ INTERPRETED = {
     "cosine, all states zero": DTYPES[:1],
 }
 # and of those, a few for what takes four calls
-INTERPRETED_BITS = ("ragged tails", "interleaved groups", "near-duplicates 1e-3", "mmd", "cosine")
+INTERPRETED_BITS = ("ragged tails", "near-duplicates 1e-3", "cosine")
 
 
 def device_of(backend: str) -> torch.device:

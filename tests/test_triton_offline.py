@@ -1,0 +1,54 @@
+"""What the Triton kernels compile to for GPUs that are not here: shared memory, spills."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from shear_ops import backends
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.skipif(backends.interpreted(), reason="the interpreter compiles nothing"),
+]
+
+KERNELS = {
+    "sq_norm_kernel", "rollout_norm_kernel", "group_norm_kernel", "sum_kernel", "center_kernel",
+    "centered_kernel", "centered_sq_norm_kernel", "token_cost_kernel", "repair_kernel",
+    "windows_kernel", "means_kernel", "solve_kernel", "nearest_kernel", "unit_kernel",
+    "cosine_kernel", "token_weights_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_kernel_compiles(target: str) -> None:
+    from bench.offline import SHARED, compile_all, facts
+
+    try:
+        found = [facts(kernel) for kernel in compile_all(target)]
+    except RuntimeError as error:
+        if target != "gfx942":
+            raise
+        pytest.skip(f"this Triton has no AMD backend: {error}")
+    assert {kernel["kernel"] for kernel in found} == KERNELS
+    assert all(kernel["shared_bytes"] <= SHARED[target] for kernel in found)
+    loops = {(k["kernel"], k["variant"]): k["hot_loop"] for k in found if "hot_loop" in k}
+    if target == "gfx942":
+        return
+    if not any("registers" in kernel for kernel in found):
+        pytest.skip("this Triton comes without cuobjdump: no loops to look at")
+    solver = {variant: loop for (name, variant), loop in loops.items() if name == "solve_kernel"}
+    assert len(solver) == 4  # three tiles, and what fits none
+    for variant, loop in solver.items():
+        assert loop["multiplies_with"] == "FFMA", variant
+        assert loop["spills"] == 0, variant
+    half = [loop for (_, v), loop in loops.items() if "CENTER=False, HALF=False" in v]
+    assert half
+    for loop in half:  # bfloat16 products: on tensor cores, nothing spilled
+        assert loop["multiplies_with"] == ("HGMMA" if target == "sm_90" else "HMMA")
+        assert loop["spills"] == 0
