@@ -43,12 +43,24 @@ class Sizes:
     limit_s: float = 30.0  # not repeated after this long in all; in a race, after half of it
     give_up_s: float = 8.0  # a ladder ends where a setting takes longer than this on the sample
     compiled: bool = True  # the hand-written loops
+    backend: str | None = None  # None: the one that is chosen for the device
+    growth_dtype: torch.dtype = torch.float32
+    growth_rollouts: tuple[int, ...] = ()  # at growth_length and growth_dim; 8 elsewhere
 
 
 QUICK = Sizes(
     tokens=300, dim=64, small=(125, 32), problems=16, sample=8, threads=(200, 64),
     growth_tokens=(200, 400), growth_dim=32, growth_dims=(32, 64), growth_length=200,
     peak=256, repeats=2, limit_s=2.0, give_up_s=1.0, compiled=False,
+)  # fmt: skip
+GPU = Sizes(
+    growth_tokens=(1000, 2000, 4000, 8000, 16000), growth_dim=2048,
+    growth_dims=(2048, 3584, 8192), growth_length=3000, growth_rollouts=(8, 16),
+    growth_dtype=torch.bfloat16, peak=8192, limit_s=6.0, give_up_s=2.0,
+)  # fmt: skip
+GPU_QUICK = replace(
+    QUICK, tokens=125, small=(125, 32), growth_tokens=(100,), growth_length=100, growth_dims=(32,),
+    growth_rollouts=(4,), problems=4, sample=2, repeats=1, give_up_s=0.3,
 )  # fmt: skip
 
 
@@ -68,17 +80,21 @@ def _paper(dtype: torch.dtype, sizes: Sizes, *, alternatives: bool) -> Entry:
     for setting, about in SETTINGS.items():
         job = _paper_job(setting, sizes)
         group = job.group.to(dtype)
-        settings[setting] = {"about": about, **_profiled(job, group)}
+        settings[setting] = {"about": about, **_profiled(job, group, sizes.backend)}
         config = replace(CONFIG, n_iters=settings[setting]["n_iters"])
         calls[f"{OURS}, {setting}"] = partial(
-            shear_ops.span_weights, **group.arguments(), config=config
+            shear_ops.span_weights, **group.arguments(), config=config, backend=sizes.backend
         )
         if alternatives:
             solvers, facts = qualify(_alternatives(sizes), job, job, sizes.give_up_s)
             settings[setting]["alternatives"] = facts
             calls |= {f"{name}, {setting}, slice": call for name, call in solvers.items()}
     x, y = (torch.cat([group.states(i) for i in some]) for some in (group.correct, group.incorrect))
-    calls["torch.mm"] = lambda: torch.mm(x, y.T)
+    # half-precision results are of no use here; torch has float32 ones on CUDA only
+    wide = x.is_cuda and dtype != torch.float32
+    calls["torch.mm"] = (
+        partial(torch.mm, x, y.T, torch.float32) if wide else partial(torch.mm, x, y.T)
+    )
     if alternatives:
         calls["torch.cdist, two rollouts"] = lambda: job.token_costs(0, 1)
     samples = alternate(calls, sizes.repeats, sizes.limit_s)
@@ -108,16 +124,21 @@ def _paper_job(setting: str, sizes: Sizes) -> NearestSpans:
     return NearestSpans(group, [spans * (2 * k + 1) // (2 * some) for k in range(some)])
 
 
-def _profiled(job: NearestSpans, group: Group) -> Entry:
+def _profiled(job: NearestSpans, group: Group, backend: str | None) -> Entry:
     """Our setting, error, counts and stages. Not timed: what the profiler costs is in here."""
     found: list[tuple[SpanDistances, dict[str, float]]] = []
+    before: list[int] = []
 
     def values(n_iters: int) -> Tensor:
         config, results = replace(CONFIG, n_iters=n_iters), []
-        stages = stage_seconds(
-            lambda: results.append(shear_ops.span_distances(**group.arguments(), config=config)),
-            "shear::span_distances",
+        call = partial(
+            shear_ops.span_distances, **group.arguments(), config=config, backend=backend
         )
+        if group.hidden.is_cuda:
+            call()  # compiles
+            torch.cuda.reset_peak_memory_stats()
+            before.append(torch.cuda.memory_allocated())
+        stages = stage_seconds(lambda: results.append(call()))
         found.append((results[0], stages))
         return job.spans(results[0].distance)
 
@@ -128,6 +149,7 @@ def _profiled(job: NearestSpans, group: Group) -> Entry:
         "pairs": distances.pairs._asdict(),
         "mean_iterations": float(distances.iterations.float().mean()),
         "stages": stages,
+        **({"workspace_bytes": torch.cuda.max_memory_allocated() - before[-1]} if before else {}),
     }
 
 
@@ -190,16 +212,20 @@ def small(sizes: Sizes) -> Entry:
 
         def values(n_iters: int, group: Group = group, job: NearestSpans = job) -> Tensor:
             config = replace(CONFIG, n_iters=n_iters)
-            return job.spans(shear_ops.span_distances(**group.arguments(), config=config).distance)
+            found = shear_ops.span_distances(
+                **group.arguments(), config=config, backend=sizes.backend
+            )
+            return job.spans(found.distance)
 
         own = own_setting(values, job.judge)
         config = replace(CONFIG, n_iters=own["n_iters"])
         calls, facts = qualify(_alternatives(sizes), sample, job, sizes.give_up_s)
-        ours = partial(shear_ops.span_weights, **group.arguments(), config=config)
+        given = {**group.arguments(), "config": config, "backend": sizes.backend}
+        ours = partial(shear_ops.span_weights, **given)
         settings[setting] = {
             "about": about,
             **own,
-            "pairs": shear_ops.span_distances(**group.arguments(), config=config).pairs._asdict(),
+            "pairs": shear_ops.span_distances(**given).pairs._asdict(),
             **_race(ours, calls, facts, sizes),
         }
     return {"sizes": _sizes(group), "settings": settings}
@@ -210,8 +236,9 @@ def sinkhorn(sizes: Sizes) -> Entry:
     cost, eps = real_span_pairs(sizes.problems)
     job = Problems(cost, eps)
     sample = Problems(cost[: sizes.sample], eps)
-    own = own_setting(lambda n: shear_ops.sinkhorn(cost, reg=eps, n_iters=n).value, job.judge)
-    ours = partial(shear_ops.sinkhorn, cost, reg=eps, n_iters=own["n_iters"])
+    solve = partial(shear_ops.sinkhorn, cost, reg=eps, backend=sizes.backend)
+    own = own_setting(lambda n: solve(n_iters=n).value, job.judge)
+    ours = partial(solve, n_iters=own["n_iters"])
     peers = [*libraries(), *loops(compiled=sizes.compiled)]
     calls, facts = qualify(peers, sample, job, sizes.give_up_s)
     return {
@@ -259,31 +286,39 @@ def threads(sizes: Sizes) -> Entry:
 
 
 def growth(sizes: Sizes) -> Entry:
-    """Time over the length T and the dimension d, clustered states in float32."""
+    """Time over the length T and the dimension d (on a GPU the rollouts too), clustered states."""
     series = {
-        "tokens": [(tokens, sizes.growth_dim) for tokens in sizes.growth_tokens],
-        "dim": [(sizes.growth_length, dim) for dim in sizes.growth_dims],
+        "tokens": [(tokens, sizes.growth_dim, 8) for tokens in sizes.growth_tokens],
+        "dim": [(sizes.growth_length, dim, 8) for dim in sizes.growth_dims],
+        "rollouts": [(sizes.growth_length, sizes.growth_dim, n) for n in sizes.growth_rollouts],
     }
-    out: Entry = {"setting": "clustered", "dtype": "float32"}
+    dtype = str(sizes.growth_dtype).removeprefix("torch.")
+    out: Entry = {"setting": "clustered", "dtype": dtype}
     for name, points in series.items():
-        groups = {point: synthetic_group("clustered", *point) for point in points}
+        if not points:
+            continue
         calls = {
-            f"T={point[0]}, d={point[1]}": partial(
-                shear_ops.span_weights, **group.arguments(), config=CONFIG
+            f"T={tokens}, d={dim}, G={count}": partial(
+                shear_ops.span_weights, config=CONFIG, backend=sizes.backend,
+                **synthetic_group("clustered", tokens, dim, rollouts=count)
+                .to(sizes.growth_dtype).arguments(),
             )
-            for point, group in groups.items()
-        }
+            for tokens, dim, count in points
+        }  # fmt: skip
+        for call in calls.values():
+            if sizes.growth_dtype != torch.float32:
+                call()  # compiles
         samples = list(alternate(calls, min(sizes.repeats, 3), sizes.limit_s / 2).values())
         times = [summary(seconds) for seconds in samples]
         units = [
-            time["median"] / (tokens**2 * dim)
-            for time, (tokens, dim) in zip(times, points, strict=True)
+            time["median"] / ((tokens * count / 8) ** 2 * dim)
+            for time, (tokens, dim, count) in zip(times, points, strict=True)
         ]
         fit = geometric_mean(units)  # least squares of the logarithms
         out[name] = {
             "points": [
-                {"tokens": tokens, "dim": dim, "time": time}
-                for (tokens, dim), time in zip(points, times, strict=True)
+                {"tokens": tokens, "dim": dim, "rollouts": count, "time": time}
+                for (tokens, dim, count), time in zip(points, times, strict=True)
             ],
             "seconds_per_t2d": fit,
             "worst_deviation": max(abs(unit / fit - 1) for unit in units),
@@ -298,8 +333,10 @@ def survivors(sizes: Sizes) -> Entry:
         SpanConfig(span=span, stride=stride) for span in (80, 100, 120) for stride in (25, 50, 75)
     ]
     rows = []
+    given = rollouts.arguments()
+    given["hidden"] = given["hidden"].to(torch.get_default_device())
     for config in dict.fromkeys(configs):
-        found = shear_ops.span_distances(**rollouts.arguments(), config=config)
+        found = shear_ops.span_distances(**given, config=config, backend=sizes.backend)
         rows.append(
             {
                 "span": config.span, "stride": config.stride, "reg": config.reg,

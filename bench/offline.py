@@ -99,8 +99,8 @@ def compiling_for(name: str) -> Iterator[list[Kernel]]:
     with (
         mock.patch.object(driver, "_active", _Driver(name)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(sinkhorn, "target_of", lambda device: facts),
-        mock.patch.object(token_cost, "target_of", lambda device: facts),
+        mock.patch.object(sinkhorn, "target_of", return_value=facts),
+        mock.patch.object(token_cost, "target_of", return_value=facts),
     ):
         yield found
 
@@ -151,8 +151,8 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^
 def hot_loop(kernel: Kernel) -> tuple[str, Counter[str]] | None:
     """What the innermost loop of a kernel's work multiplies with, and the loop's instructions.
 
-    A loop is a jump back and everything between it and its target; the innermost one is the smallest
-    that has LEAST multiply-adds.
+    A loop is a jump back and everything between it and its target; the innermost one is the
+    smallest that has LEAST multiply-adds.
     """
     code = [(int(at, 16), op, rest) for at, op, rest in LINE.findall(_dump("-sass", kernel))]
     loops = []
@@ -160,9 +160,7 @@ def hot_loop(kernel: Kernel) -> tuple[str, Counter[str]] | None:
         jump = re.search(r"0x([0-9a-f]+)", rest)
         if op.startswith("BRA") and jump and int(jump[1], 16) <= at:
             begin = int(jump[1], 16)
-            loops.append(
-                Counter(o.split(".")[0] for a, o, _ in code if begin <= a <= at)
-            )
+            loops.append(Counter(o.split(".")[0] for a, o, _ in code if begin <= a <= at))
     for instruction, least in LEAST.items():
         some = [loop for loop in loops if loop[instruction] >= least]
         if some:

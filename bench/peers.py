@@ -23,9 +23,12 @@ Setting = dict[str, Any]
 Ladder = tuple[Setting, ...]
 Solve = Callable[[Tensor, float], Tensor]  # costs (b, n, m), eps -> (b,)
 
-CHUNKS = (8, 40, 200)  # problems per call that are tried; the first one while climbing is MIDDLE
-MIDDLE = CHUNKS[1]
 ITERATIONS = (20, 50, 100, 150, 200, 300, 500, 1000, 2000)
+
+
+def chunks() -> tuple[int, int, int]:
+    """Problems per call that are tried; ladders are climbed with the one in the middle."""
+    return (8, 40, 200) if torch.get_default_device().type == "cpu" else (200, 1000, 4000)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Peer:
 
 
 def _ladder(name: str, values: tuple[float, ...], **fixed: Any) -> Ladder:
-    return tuple({name: value, "chunk": MIDDLE, **fixed} for value in values)
+    return tuple({name: value, "chunk": chunks()[1], **fixed} for value in values)
 
 
 def _pot(setting: Setting) -> Solve:
@@ -175,7 +178,8 @@ def libraries() -> list[Peer]:
         # over-relaxed scalings (not their logarithms) turn negative: NaN
         for lse_mode, momentum in ((False, 1.0), (True, 1.5), (True, 1.0))
     )
-    return [*pot, geomloss, Peer("OTT-JAX", ott, _ott, "ott")]
+    on_cpu = torch.get_default_device().type == "cpu"  # arrays of XLA's own on a GPU
+    return [*pot, geomloss, *([Peer("OTT-JAX", ott, _ott, "ott")] if on_cpu else [])]
 
 
 def loops(*, compiled: bool) -> list[Peer]:

@@ -83,9 +83,9 @@ class Group:
         """Return the arguments of span_weights."""
         return {
             "hidden": self.hidden,
-            "cu_seqlens": torch.arange(self.rollouts + 1) * self.tokens,
-            "group_ids": torch.zeros(self.rollouts, dtype=torch.int64),
-            "labels": (torch.arange(self.rollouts) + 1) % 2,
+            "cu_seqlens": torch.arange(self.rollouts + 1, device="cpu") * self.tokens,
+            "group_ids": torch.zeros(self.rollouts, dtype=torch.int64, device="cpu"),
+            "labels": (torch.arange(self.rollouts, device="cpu") + 1) % 2,
         }
 
     def to(self, dtype: torch.dtype) -> Group:
@@ -105,6 +105,12 @@ def synthetic_group(
     """
     if setting not in SETTINGS:
         raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {setting!r}")
+    with torch.device("cpu"):  # the same numbers wherever they are used
+        states = _synthetic_states(setting, tokens, dim, rollouts, seed)
+    return Group(states.to(torch.get_default_device()), rollouts)
+
+
+def _synthetic_states(setting: str, tokens: int, dim: int, rollouts: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(100, dim, generator=generator)
     mean_state = torch.randn(dim, generator=generator)
@@ -118,7 +124,7 @@ def synthetic_group(
         x = torch.where(copied, shared + noise, x)
     x += mean_state
     x[..., ::256] *= 8
-    return Group(x.flatten(0, 1).bfloat16().float(), rollouts)
+    return x.flatten(0, 1).bfloat16().float()
 
 
 def _text(embeddings: Tensor, rollouts: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -137,6 +143,12 @@ def _text(embeddings: Tensor, rollouts: int, tokens: int, generator: torch.Gener
 
 def real_span_pairs(count: int, *, seed: int = 0) -> tuple[Tensor, float]:
     """Costs (count, span, span) of random opposing full spans of the recorded rollouts, and eps."""
+    with torch.device("cpu"):
+        costs, eps = _real_span_pairs(count, seed)
+    return costs.to(torch.get_default_device()), eps
+
+
+def _real_span_pairs(count: int, seed: int) -> tuple[Tensor, float]:
     rollouts = load_rollouts(shipped_rollouts())
     hidden = rollouts.hidden.float()
     offsets, groups, labels = (

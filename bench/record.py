@@ -19,7 +19,7 @@ import shear_ops
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 GENERATED = ("bench/results", "bench/README.md", "README.md")  # written by these commands
-PACKAGES = ("torch", "numpy", "POT", "geomloss", "ott-jax", "jax")
+PACKAGES = ("torch", "triton", "numpy", "POT", "geomloss", "ott-jax", "jax")
 VECTOR_FLAGS = re.compile(r"avx|fma|amx|f16c|bf16|sve|asimd")
 
 Record = dict[str, Any]

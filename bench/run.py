@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,8 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from shear_ops import backends
+
 from .contest import Entry
-from .measure import ENTRIES, QUICK, Sizes
+from .interpreter import patch_once
+from .measure import ENTRIES, GPU, GPU_QUICK, QUICK, Sizes
 from .record import RESULTS, ROOT, device_facts, run_facts, save, slug
 
 # What is measured has to be right: all of `sinkhorn`, and the group operators against float64 in
@@ -22,6 +26,7 @@ TESTS = (
     "tests/test_sinkhorn.py", "tests/test_backends.py",
     "-k", "test_sinkhorn or (against_float64 and (float32 or bfloat16))",
 )  # fmt: skip
+ON_GPU = ("paper-bf16", "small", "sinkhorn", "growth", "survivors")
 QUICK_TESTS = ("tests/test_sinkhorn.py", "-k", "not pot")
 
 console = Console()
@@ -50,7 +55,28 @@ console = Console()
     help="Record to write; its entries are replaced one by one.  "
     "[default: bench/results/DEVICE.json; with --quick none]",
 )
-def main(only: tuple[str, ...], quick: bool, out: Path | None) -> None:
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where to measure; on cuda, without --only, what makes sense on a GPU.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["cpu", "cuda", "triton"]),
+    help="Backend to measure; entries of one that is not the default of the device are recorded as "
+    "NAME-BACKEND.  [default: that of the device]",
+)
+@click.option("--no-tests", is_flag=True, help="They have just passed.")
+def main(
+    only: tuple[str, ...],
+    quick: bool,
+    out: Path | None,
+    device: str,
+    backend: str | None,
+    no_tests: bool,
+) -> None:
     """Measure shear_ops on this machine and write the record.
 
     Runs the correctness tests first, and measures nothing if one fails. Measures the installed
@@ -59,20 +85,29 @@ def main(only: tuple[str, ...], quick: bool, out: Path | None) -> None:
 
     Example: python -m bench.run --only sinkhorn --only growth
     """
-    device = device_facts()
+    where = torch.device(device)
+    facts_of_device = device_facts(where)
     if quick and out is not None and out.resolve().is_relative_to(RESULTS.resolve()):
         raise click.UsageError("--quick measures nothing worth keeping: give an --out elsewhere")
     if not quick and out is None:
-        out = RESULTS / f"{slug(device)}.json"
-    facts = run_facts(check_tests(QUICK_TESTS if quick else TESTS)) | {"quick": quick}
-    console.print(f"{device['name']}, {torch.get_num_threads()} threads; {facts['tests']}")
-    for name in only or ENTRIES:
+        out = RESULTS / f"{slug(facts_of_device)}.json"
+    tests = "before this command" if no_tests else check_tests(QUICK_TESTS if quick else TESTS)
+    facts = run_facts(tests) | {"quick": quick}
+    console.print(f"{facts_of_device['name']}, {torch.get_num_threads()} threads; {facts['tests']}")
+    on_gpu = device != "cpu" or backend == "triton"
+    sizes = (GPU_QUICK if quick else GPU) if on_gpu else (QUICK if quick else Sizes())
+    sizes = replace(sizes, backend=backend)
+    torch.set_default_device(where)
+    if backend == "triton" and backends.interpreted():
+        patch_once()
+    own = backend in (None, "cpu" if device == "cpu" else backends.on_gpu())
+    for name in only or (ON_GPU if on_gpu else ENTRIES):
         begin = time.perf_counter()
-        entry = {"run": facts, **ENTRIES[name](QUICK if quick else Sizes())}
+        entry = {"run": facts, **ENTRIES[name](sizes)}
         console.print(f"[bold]{name}[/bold], {time.perf_counter() - begin:.0f} s")
         show(entry)
         if out is not None:
-            save(out, device, name, entry)
+            save(out, facts_of_device, name if own else f"{name}-{backend}", entry)
     if out is not None:
         console.print(f"written: {out}", soft_wrap=True)
 

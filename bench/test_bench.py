@@ -34,8 +34,8 @@ def one_thread() -> None:
 
 def files() -> dict[Path, bytes]:
     """What the commands write by default."""
-    paths = [HERE / "README.md", HERE.parent / "README.md", *record.RESULTS.glob("*")]
-    return {path: path.read_bytes() for path in paths}
+    paths = [HERE / "README.md", HERE.parent / "README.md", *record.RESULTS.rglob("*")]
+    return {path: path.read_bytes() for path in paths if path.is_file()}
 
 
 def test_truth_is_that_of_the_reference() -> None:

@@ -59,14 +59,26 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, Any]:
     }
 
 
-def stage_seconds(call: Callable[[], object], operator: str) -> dict[str, float]:
+def stage_seconds(call: Callable[[], object]) -> dict[str, float]:
     """Seconds of every stage of one call of an operator, from torch's profiler.
 
-    A stage lasts as long as its calling thread is in it, so the stages add up to the wall time of
-    the operator; "other" is what is left. Stages that the build does not announce are absent.
+    On the CPU a stage lasts as long as its calling thread is in it, so the stages add up to the
+    wall time; on a GPU as long as its kernels run. "other" is what is left. Stages that the build
+    does not announce are absent.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities, operator = [torch.profiler.ProfilerActivity.CPU], "bench::call"
+    on_gpu = torch.get_default_device().type != "cpu"
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with (
+        torch.profiler.profile(activities=activities) as profile,
+        torch.profiler.record_function(operator),
+    ):
         call()
-    times = {event.key: event.cpu_time_total / 1e6 for event in profile.key_averages()}
+        _finish()
+    times = {
+        event.key: (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
+        for event in profile.key_averages()
+    }
     stages = {name.removeprefix("shear::"): times[name] for name in STAGES if name in times}
     return {**stages, "other": times[operator] - sum(stages.values()), "total": times[operator]}

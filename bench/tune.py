@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peers import CHUNKS, Ladder, Peer, Setting, Solve
+from .peers import Ladder, Peer, Setting, Solve, chunks
 
 TOLERANCE = 2e-3
 
@@ -96,7 +96,7 @@ def cheapest(
         attempt(ladder)
     if best is None:
         raise NoneAccurateError(tried)
-    for chunk in CHUNKS:
+    for chunk in chunks():
         if chunk != best.setting["chunk"]:
             attempt(tuple({**s, "chunk": chunk} for s in (best.setting, *best.rest)))
     best.tried = tried

@@ -8,17 +8,9 @@ import torch
 from shear_ops import backends
 
 if backends.interpreted():
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from bench.interpreter import patch_once
 
-    def _sees_language() -> object:
-        return tl
-
-    # Triton patches its language at every call of a function in a kernel: once is enough, and five
-    # times faster.
-    for _function in (tl.zeros.fn, _sees_language):
-        interpreter._patch_lang(_function)
-    interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
+    patch_once()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,11 @@ Runs in Triton's interpreter (TRITON_INTERPRET=1, `make interpreted`) and on a G
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,18 +134,20 @@ def test_sinkhorn_errors(device: torch.device) -> None:
             shear_ops.sinkhorn(cost.to(device), reg=1.0, backend="triton")
     cost[0, 3, 5] = 1.0
     cost[2, 9] = float("nan")  # outside the rows in use
-    assert shear_ops.sinkhorn(
-        cost.to(device), reg=1.0, n_rows=rows, backend="triton"
-    ).value.isfinite().all()
+    assert (
+        shear_ops.sinkhorn(cost.to(device), reg=1.0, n_rows=rows, backend="triton")
+        .value.isfinite()
+        .all()
+    )
     assert shear_ops.sinkhorn(torch.zeros(0, 3, 4, device=device), reg=1.0, backend="triton")
-    with pytest.raises(ValueError, match="call shear_ops.reference.sinkhorn"):
+    with pytest.raises(ValueError, match=r"call shear_ops\.reference\.sinkhorn"):
         shear_ops.sinkhorn(cost, reg=1.0, backend="reference")
 
 
 def test_states_that_are_not_finite(device: torch.device) -> None:
     given = moved(device)
     given["hidden"][9, 3] = torch.inf
-    with pytest.raises(ValueError, match="hidden must be finite.*token 9"):
+    with pytest.raises(ValueError, match=r"hidden must be finite.*token 9"):
         shear_ops.span_weights(**given, config=SpanConfig(**CONFIG), backend="triton")
     config = SpanConfig(**CONFIG, check_finite=False)
     poisoned = shear_ops.span_weights(**given, config=config, backend="triton")
@@ -282,3 +289,22 @@ def test_addresses_beyond_2_to_the_31(device: torch.device) -> None:
         group_ids=[1, 0, 0], labels=torch.tensor([1, 1, 0]),
     )  # fmt: skip
     assert torch.equal(both[-400:], alone)
+
+
+def test_gpu_script_runs_without_a_gpu(tmp_path: Path) -> None:
+    """bench/gpu.sh --quick: build, tests and measurements at tiny sizes, in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: run bench/gpu.sh")
+    pytest.importorskip("cpuinfo", reason="bench needs py-cpuinfo")
+    done = subprocess.run(
+        [Path(__file__).parents[1] / "bench" / "gpu.sh", "--quick"],
+        env={**os.environ, "PYTHON": sys.executable, "BUILD": str(tmp_path), "WHEELS": "none"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert {"paper-bf16", "growth", "small", "sinkhorn"} <= {
+        name.removesuffix("-triton") for name in record["entries"]
+    }
+    assert "times torch.mm" in done.stdout
+    assert "times faster than POT" in done.stdout

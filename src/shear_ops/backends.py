@@ -63,8 +63,8 @@ def choose(backend: str | None, device: torch.device, distance: str, name: str =
         if device.type not in GPUS or available[on_gpu()] is not None:
             reasons = "; ".join(f"{n}: {available[n]}" for n in ("cuda", "triton") if available[n])
             raise ValueError(
-                f"{name} is on {device}, for which there is no backend here ({reasons}): move it to "
-                "the CPU, or pass backend='reference' (float64, any device, slow)"
+                f"{name} is on {device}, for which there is no backend here ({reasons}): move it "
+                "to the CPU, or pass backend='reference' (float64, any device, slow)"
             )
         return on_gpu()
     if backend not in available:
@@ -84,7 +84,7 @@ def choose(backend: str | None, device: torch.device, distance: str, name: str =
 
 
 def operators(backend: str) -> Any:
-    """Return what has the operators of a backend: torch.ops.shear, or Triton's where those differ."""
+    """Return what has the operators of a backend: torch.ops.shear, or its own module."""
     if backend == "triton" and (interpreted() or on_gpu() != "triton"):
         return importlib.import_module(".triton.ops", __package__)
     return torch.ops.shear

@@ -81,7 +81,7 @@ def _in_triton(name: str) -> Callable[..., Any]:
 
 
 if backends.on_gpu() == "triton":
-    _library = Library("shear", "IMPL")
+    _library = Library("shear", "IMPL")  # type: ignore[no-untyped-call]
     for _name in NAMES:
         for _key in ("CUDA", "XPU"):
-            _library.impl(_name, _in_triton(_name), _key)
+            _library.impl(_name, _in_triton(_name), _key)  # type: ignore[no-untyped-call]

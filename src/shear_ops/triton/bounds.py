@@ -1,8 +1,7 @@
-"""Reductions of token costs over spans, from which the bounds R and Q of every span pair, chamfer and
-mmd are made: R = mean over rows i of min_j C_ij, Q = mean over columns j of min_i C_ij.
+"""Reductions of token costs over spans, from which the bounds R and Q, chamfer and mmd are made.
 
-Both directions are one code: a line is a row or a column token, and its windows are the spans of the
-other side.
+R = mean over rows i of min_j C_ij, Q = mean over columns j of min_i C_ij. Both directions are one
+code: a line is a row or a column token, and its windows are the spans of the other side.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from .tasks import (
     ROW_TOKEN,
     ROW_TOKENS,
     SPAN,
-    SPANS,
     SPAN_BEGIN,
     SPAN_END,
+    SPANS,
     find,
     has_scale,
 )
@@ -46,7 +45,8 @@ BOUND, CHAMFER, MMD = 0, 1, 2  # what the means over lines become
 @triton.jit(do_not_specialize=["count"])
 def windows_kernel(
     costs, spans, group_norm, blocks, first, count, windows, flag,
-    COLUMNS: tl.constexpr, WHAT: tl.constexpr, CHECK: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    COLUMNS: tl.constexpr, WHAT: tl.constexpr, CHECK: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """windows (lines, spans of the other side) of a block: one reduction per line and span.
 
@@ -177,8 +177,8 @@ def means_kernel(
 
 
 def windows(
-    group_norm: Tensor, spans: Tensor, chunk: Chunk, costs: Tensor, out: Tensor, flag: Tensor | None,
-    *, columns: bool, what: int, longest: int,
+    group_norm: Tensor, spans: Tensor, chunk: Chunk, costs: Tensor, out: Tensor,
+    flag: Tensor | None, *, columns: bool, what: int, longest: int,
 ) -> None:  # fmt: skip
     """Reductions of a chunk's token costs over the spans of the other side."""
     tasks = chunk.col_lines if columns else chunk.row_lines

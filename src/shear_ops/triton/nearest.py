@@ -1,5 +1,6 @@
-"""The nearest span of every span: minima over the pairs of a chunk, in one fixed order, so that what
-is found does not depend on the order in which pairs were solved.
+"""The nearest span of every span: minima over the pairs of a chunk.
+
+In one fixed order, so that what is found does not depend on the order in which pairs were solved.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ PAIRS = 128  # taken at a time
 
 
 class Pairs(NamedTuple):
-    """Of the pairs of a chunk: bound, then span distance (a skipped or abandoned pair keeps its
-    bound); residual; iterations.
+    """Of the pairs of a chunk: value, residual, iterations.
+
+    The value is the bound and then the span distance; a skipped or abandoned pair keeps its bound.
     """
 
     value: Tensor
@@ -37,8 +39,9 @@ class Pairs(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """Of all spans: distance to the nearest span, its index (-1: none), residual, iterations, and for
-    aggregation="mean" the sum and the number of distances.
+    """Of all spans: distance to the nearest span, its index (-1: none), residual, iterations.
+
+    For aggregation="mean" also the sum and the number of distances.
     """
 
     distance: Tensor
@@ -46,11 +49,11 @@ class Nearest(NamedTuple):
     residual: Tensor
     iterations: Tensor
     total: Tensor
-    count: Tensor
+    number: Tensor
 
     def mean(self) -> Nearest:
         """Replace the minima by means."""
-        mean = torch.where(self.count > 0, self.total / self.count, self.distance)
+        mean = torch.where(self.number > 0, self.total / self.number, self.distance)
         return self._replace(distance=mean)
 
 

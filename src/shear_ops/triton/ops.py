@@ -74,7 +74,7 @@ def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
 
         def offer(chunk: int, values: Tensor) -> None:
             for block in blocks[slice(*ends[chunk])].tolist():
-                a, n, b, m, at = *block[1:5], block[12]
+                _, a, n, b, m, *_, at = block
                 part = values[at : at + n * m].view(n, m)
                 matrix[a : a + n, b - rows : b - rows + m] = part
 
@@ -129,7 +129,9 @@ def sinkhorn(
 
 
 _CONFIG: dict[str, Any] = {
-    name: value for name, value in Options().__dict__.items() if name not in ("check_finite", "prune")
+    name: value
+    for name, value in Options().__dict__.items()
+    if name not in ("check_finite", "prune")
 }
 
 
@@ -159,7 +161,7 @@ def _prepare(
         if tables is None:
             raise RuntimeError(
                 "inside a graph capture nothing can be copied to the device: make the same call "
-                "once before, with the same cu_seqlens, group_ids, labels, span, stride and distance"
+                "once before, with the same cu_seqlens, group_ids, labels, span, stride, distance"
             )
         _captured[key] = tables
     elif tables is None:
@@ -199,7 +201,8 @@ def _integers(name: str, tensor: Tensor, capturing: bool) -> list[int]:
         raise ValueError(f"{name} must be int64, int32, int8 or bool")
     if capturing and tensor.device.type != "cpu":
         raise RuntimeError(f"{name} must be on the CPU inside a graph capture, got {tensor.device}")
-    return tensor.tolist()  # type: ignore[no-any-return]
+    values: list[int] = tensor.tolist()
+    return values
 
 
 def _lengths(name: str, given: Tensor | None, batch: int, size: int) -> np.ndarray[Any, Any]:

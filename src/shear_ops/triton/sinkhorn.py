@@ -1,4 +1,4 @@
-"""The queue of span pairs: best bound first, each solved unless its bound shows that it cannot win."""
+"""The queue of span pairs: best bound first, each solved unless its bound says it cannot win."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def solve_kernel(
                 i -= tl.load(own + ROW_TOKEN)
                 j -= tl.load(own + COL_TOKEN)
                 ld = tl.load(own + LD)
-                eps = reg * tl.load(group_norm + tl.load(own + GROUP)) if UNIT_IS_NORM else reg + 0.0
+                eps = (
+                    reg * tl.load(group_norm + tl.load(own + GROUP)) if UNIT_IS_NORM else reg + 0.0
+                )
                 cost = costs + tl.load(own + COST_OFFSET) + i * ld + j
                 if SIZE > 0:
                     distance, error, it, abandoned = solve_tile(

@@ -1,7 +1,7 @@
 """One span pair of any size: like sinkhorn_tile.py, for what does not fit into registers.
 
-Costs are read again in every pass and the potentials absorb every update, so that an iteration takes
-two exponentials per entry. Potentials are in memory, of one program each.
+Costs are read again in every pass and the potentials absorb every update, so that an iteration
+takes two exponentials per entry. Potentials are in memory, of one program each.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def update_rows(cost, ld, n, m, scale, f_at, g_at, omega, APPROXIMATE: tl.conste
 
 
 @triton.jit
-def update_columns(cost, ld, n, m, scale, f_at, g_at, to_at, column, omega, APPROXIMATE: tl.constexpr):
+def update_columns(
+    cost, ld, n, m, scale, f_at, g_at, to_at, column, omega, APPROXIMATE: tl.constexpr
+):
     """to = g - omega log2(column marginal over the wanted one)."""
     j0 = m * 0
     while j0 < m:
@@ -212,7 +214,9 @@ def solve_large(
             done = abandoned
             distance = bound
             if finish & ~abandoned:
-                update_columns(cost, ld, n, m, scale, f_at, g_at, exact_at, column, 1.0, APPROXIMATE)
+                update_columns(
+                    cost, ld, n, m, scale, f_at, g_at, exact_at, column, 1.0, APPROXIMATE
+                )
                 value, error = corrected(cost, ld, n, m, scale, f_at, exact_at, APPROXIMATE)
                 error = error / rows
                 distance = larger(bound, value / rows * unit)

@@ -14,6 +14,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exp2(x, APPROXIMATE: tl.constexpr):
+    """2^x; APPROXIMATE: by one PTX instruction."""
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -24,6 +25,7 @@ def exp2(x, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def log2(x, APPROXIMATE: tl.constexpr):
+    """log2(x); APPROXIMATE: by one PTX instruction."""
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -40,9 +42,11 @@ def larger(bound, value):
 
 @triton.jit
 def next_level(level, ratio):
-    """Young's theory of over-relaxation: from the rate at which the residual fell over TEST_EVERY
-    iterations follow the rate of plain updates and the best omega. A residual that grew much asks for
-    a smaller one; a little is the oscillation of over-relaxed updates.
+    """The level of omega, by Young's theory of over-relaxation.
+
+    From the rate at which the residual fell over TEST_EVERY iterations follow the rate of plain
+    updates and the best omega. A residual that grew much asks for a smaller one; a little is the
+    oscillation of over-relaxed updates.
     """
     over = 1.0 - tl.exp2(-level.to(tl.float32))  # omega - 1
     fall = tl.sqrt(tl.sqrt(ratio))  # per iteration
@@ -59,7 +63,9 @@ def next_level(level, ratio):
 
 @triton.jit
 def tolerance(tol, distance, eps, most):
-    """The value's error is the plan's error times its entropy term, eps * log(n): where that is large
+    """The residual at which a pair is done: tol, or less.
+
+    The value's error is the plan's error times its entropy term, eps * log(n): where that is large
     against the distance, a residual of tol is not enough.
     """
     entropy = eps * LN2 * tl.log2(most)
@@ -69,8 +75,9 @@ def tolerance(tol, distance, eps, most):
 
 @triton.jit
 def beaten(bound, best_row, best_col, PRUNE: tl.constexpr):
-    """Strictly above both minima: ties are computed, so that the result never depends on the order of
-    the pairs.
+    """Strictly above both minima.
+
+    Ties are computed, so that the result never depends on the order of the pairs.
     """
     if PRUNE:
         of_row = tl.load(best_row, volatile=True)

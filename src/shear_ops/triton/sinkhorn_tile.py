@@ -1,9 +1,9 @@
 """One span pair in registers: entropic optimal transport between two uniform measures.
 
-The plan is u_i K_ij v_j with K = 2^(F_i + G_j - C_ij) and all of C, F, G in units of eps * ln 2. An
-iteration is multiply-adds over K; F and G absorb log2(u) and log2(v) when those drift, and only then
-are exponentials taken again. The plan is scaled so that every row has mass 1 and every column n / m.
-The steps are those of csrc/cpu/sinkhorn.cpp.
+The plan is u_i K_ij v_j with K = 2^(F_i + G_j - C_ij) and all of C, F, G in units of eps * ln 2.
+An iteration is multiply-adds over K; F and G absorb log2(u) and log2(v) when those drift, and only
+then are exponentials taken again. The plan is scaled so that every row has mass 1 and every column
+n / m. The steps are those of csrc/cpu/sinkhorn.cpp.
 
 The tile has three axes, [rows, parts of columns, columns]: Triton puts the last one on the lanes of
 a warp and the middle one into registers, so that a sum over a row takes few shuffles.
@@ -34,16 +34,19 @@ LIMIT = tl.constexpr(1e20)
 
 @triton.jit
 def load_scaled(at, inside, scale):
+    """Costs in units of eps * ln 2, far outside."""
     return tl.where(inside, tl.load(at, mask=inside, other=0.0) * scale, FAR)
 
 
 @triton.jit
 def sum_row(x):
+    """[rows, parts, columns] -> [rows]."""
     return tl.sum(tl.sum(x, 1), 1)
 
 
 @triton.jit
 def sum_all(x):
+    """[parts, columns] -> scalar."""
     return tl.sum(tl.sum(x, 1), 0)
 
 
@@ -132,11 +135,13 @@ def solve_tile(
             finish = last | ((residual <= tol) & (it >= finish_from))
             if finish | (it >= dual_at):
                 dual_at *= 2
-                # f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are
-                # feasible at any iteration: their mean is a certified lower bound on W1
+                # f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i)
+                # are feasible at any iteration: their mean is a certified lower bound on W1
                 potential = f + log_u
                 highest = tl.max(k * u[:, None, None], 0)
-                reached = tl.where(is_col, g - log2(tl.where(is_col, highest, 1.0), APPROXIMATE), 0.0)
+                reached = tl.where(
+                    is_col, g - log2(tl.where(is_col, highest, 1.0), APPROXIMATE), 0.0
+                )
                 dual = (tl.sum(potential, 0) / rows + sum_all(reached) / cols) * unit
                 bound = larger(bound, tl.where(dual < float("inf"), dual, bound))
                 abandoned = beaten(bound, best_row, best_col, PRUNE)

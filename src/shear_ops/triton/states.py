@@ -1,4 +1,4 @@
-"""What is measured once per call from the hidden states alone: norms, and the groups' mean states."""
+"""What is measured once per call from the hidden states alone: norms, the groups' mean states."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class States(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def sq_norm_kernel(hidden, sq_norm, bad_token, tokens, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+def sq_norm_kernel(
+    hidden, sq_norm, bad_token, tokens, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr
+):
     """||x||^2 of every token, and the first token whose one is not finite."""
     token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     there = token < tokens
@@ -118,7 +120,9 @@ def sum_kernel(
 
 
 @triton.jit
-def center_kernel(sums, rollouts, first_member, members, center, DIM: tl.constexpr, D: tl.constexpr):
+def center_kernel(
+    sums, rollouts, first_member, members, center, DIM: tl.constexpr, D: tl.constexpr
+):
     """Mean state of every group, (G, d)."""
     g = tl.program_id(0).to(tl.int64)
     dim = tl.program_id(1) * D + tl.arange(0, D)
@@ -188,7 +192,9 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
     wide = min(1024, triton.next_power_of_2(dim))
     if tokens:
         grid = (triton.cdiv(tokens, TOKENS_AT_ONCE),)
-        sq_norm_kernel[grid](hidden, sq_norm, bad_token, tokens, DIM=dim, T=TOKENS_AT_ONCE, D=min(wide, 128))
+        sq_norm_kernel[grid](
+            hidden, sq_norm, bad_token, tokens, DIM=dim, T=TOKENS_AT_ONCE, D=min(wide, 128)
+        )
     if rollouts:
         rollout_norm_kernel[rollouts,](sq_norm, tables.rollouts, rollout_norm, T=1024)
     means, centered = new(groups, dim if center else 0), new(groups, dtype=torch.int32)

@@ -78,6 +78,7 @@ class Upload:
     """Arrays that travel to the device as one."""
 
     def __init__(self) -> None:
+        """Start with none."""
         self.parts: list[Integers] = []
         self.size = 0
 
@@ -116,7 +117,9 @@ class _Programs:
         return Tasks(self.find(whole), self.total)
 
 
-def _chunk(blocks: Integers, row_of: Integers, col_of: Integers, rollouts: int, upload: Upload) -> Any:
+def _chunk(
+    blocks: Integers, row_of: Integers, col_of: Integers, rollouts: int, upload: Upload
+) -> Callable[[Tensor], Chunk]:
     """Prepare a chunk of blocks; row_of and col_of are their rollouts."""
     row_floats = blocks[:, ROW_TOKENS] * blocks[:, COL_SPANS]
     col_floats = blocks[:, COL_TOKENS] * blocks[:, ROW_SPANS]
@@ -178,9 +181,7 @@ def self_pairs(plan: dict[str, Any]) -> list[Integers]:
     chunks = []
     for begin in range(0, len(some), at_once):
         part, size = some[begin : begin + at_once], sizes[begin : begin + at_once]
-        blocks = blocks_of_sizes(
-            part, part, spans, size, _offsets(size * size)[:-1], group[part]
-        )
+        blocks = blocks_of_sizes(part, part, spans, size, _offsets(size * size)[:-1], group[part])
         blocks[:, PAIR_OFFSET] = part
         chunks.append(blocks)
     return chunks
@@ -209,16 +210,14 @@ def tables_of(
     found = [upload.add(a) for a in (
         rollouts, spans, _offsets(np.bincount(groups[members], minlength=plan["groups"])), members,
     )]  # fmt: skip
-    tokens = _Programs(
-        _tiles(rollouts[:, 1] - rollouts[:, 0], TOKENS), upload
-    )
+    tokens = _Programs(_tiles(rollouts[:, 1] - rollouts[:, 0], TOKENS), upload)
     chunks = []
     for first, last, *_ in plan["chunks"].tolist():
         blocks = plan["blocks"][first:last]
-        sides = (spans[blocks[:, column], 2] for column in (ROW_SPAN, COL_SPAN))
+        row_of, col_of = spans[blocks[:, ROW_SPAN], 2], spans[blocks[:, COL_SPAN], 2]
         if of_means:
             blocks = pairs_of_spans(blocks, plan)
-        chunks.append(_chunk(blocks, *sides, len(rollouts), upload))
+        chunks.append(_chunk(blocks, row_of, col_of, len(rollouts), upload))
     own = [
         _chunk(blocks, 0 * blocks[:, 0], 0 * blocks[:, 0], 1, upload)
         for blocks in (self_pairs(plan) if with_self else [])
@@ -231,7 +230,9 @@ def tables_of(
     )  # fmt: skip
 
 
-def problem_tables(n_rows: Integers, n_cols: Integers, n: int, m: int, device: torch.device) -> Tables:
+def problem_tables(
+    n_rows: Integers, n_cols: Integers, n: int, m: int, device: torch.device
+) -> Tables:
     """The tables of a batch of transport problems, costs (B, n, m): a block per problem."""
     batch = len(n_rows)
     ends = np.concatenate([n_rows, n_cols])

@@ -46,11 +46,8 @@ def target_of(device: torch.device) -> Target:
     """Return the facts of a device; on the CPU, those of Triton's interpreter."""
     if INTERPRETED or device.type == "cpu":
         return Target(1, False, "ieee", 64 * KIB, 0, True)
-    if device.type == "xpu":
-        units = torch.xpu.get_device_properties(device).max_compute_units
-        return Target(units, False, "ieee", 64 * KIB, 1, False)
-    facts = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Target(facts.multi_processor_count, False, "ieee", 64 * KIB, 1, False)
-    shared = facts.shared_memory_per_block_optin
-    return Target(facts.multi_processor_count, True, "tf32x3", shared, 0, False)
+    facts = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    count, shared = facts["multiprocessor_count"], facts["max_shared_mem"]
+    if device.type == "cuda" and not torch.version.hip:
+        return Target(count, True, "tf32x3", shared, 0, False)
+    return Target(count, False, "ieee", shared, 1, False)

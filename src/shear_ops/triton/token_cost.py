@@ -1,7 +1,7 @@
 """Hidden states to token costs: a tiled product, then ||x||^2 + ||y||^2 - 2<x, y> and its root.
 
-Near-duplicates cancel in that form, and they are exactly the small costs that a minimum picks: their
-entries are marked, and recomputed by direct difference.
+Near-duplicates cancel in that form, and they are exactly the small costs that a minimum picks:
+their entries are marked, and recomputed by direct difference.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .tasks import (
     BLOCK,
     COL_TOKEN,
     COL_TOKENS,
-    COST_OFFSET,
     COST_COLS,
+    COST_OFFSET,
     COST_ROWS,
     GROUP,
     LD,
@@ -40,7 +40,7 @@ HALVES = tl.constexpr(2)  # of a tile, of its columns
 
 @triton.jit
 def tile_of(blocks, b, local, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Row and column of a block's tile: strips of HIGH tiles, so that both operands stay in cache."""
+    """Row and column of a block's tile, in strips of HIGH tiles: both operands stay in cache."""
     rows = tl.cdiv(tl.load(blocks + b * BLOCK + ROW_TOKENS), ROWS)
     cols = tl.cdiv(tl.load(blocks + b * BLOCK + COL_TOKENS), COLS)
     top = local // (HIGH * cols) * HIGH
@@ -51,6 +51,7 @@ def tile_of(blocks, b, local, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def load_depth(row, k, DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """Dimensions k of a state, 0 beyond the last one."""
     if DIM % DEPTH == 0:
         return tl.load(row + k)
     else:
@@ -143,10 +144,14 @@ def repair_kernel(
             for k0 in range(0, DIM, DEPTH):
                 left = (k0 + k < DIM)[None, :]
                 x = tl.load(
-                    x_at[:, None] + k0 + k[None, :], mask=left & (i < row_tokens)[:, None], other=0.0
+                    x_at[:, None] + k0 + k[None, :],
+                    mask=left & (i < row_tokens)[:, None],
+                    other=0.0,
                 )
                 y = tl.load(
-                    y_at[:, None] + k0 + k[None, :], mask=left & (j < col_tokens)[:, None], other=0.0
+                    y_at[:, None] + k0 + k[None, :],
+                    mask=left & (j < col_tokens)[:, None],
+                    other=0.0,
                 )
                 off = x.to(tl.float32)[:, None, :] - y.to(tl.float32)[None, :, :]
                 squares += off * off

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Builds, tests and measures everything that needs a GPU, in under ten minutes, without a network:
+#
+#     bench/gpu.sh            # leaves bench/results/GPU.json and prints a short table last
+#     bench/gpu.sh --quick    # tiny sizes; without a GPU in Triton's interpreter: does it run?
+#
+# Wants Python 3.10 or later with torch (a CUDA build; it brings Triton), g++, and nvcc for the CUDA
+# backend. Other packages that are missing are installed from a folder of wheels:
+#
+#     PYTHON=python3          interpreter that has torch
+#     WHEELS=bench/wheels     folder of wheels; made where there is a network by
+#                             pip download --no-deps --only-binary=:all: --python-version 3.12 -d bench/wheels \
+#                               scikit-build-core pathspec pybind11 cmake ninja pytest pluggy iniconfig pygments \
+#                               hypothesis sortedcontainers click rich markdown-it-py mdurl safetensors matplotlib \
+#                               contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil six POT scipy \
+#                               py-cpuinfo packaging
+#     BUILD=build/gpu         where all is installed to; nothing else on the machine changes
+#     LIMIT=540               seconds after which no further measurement is started
+set -euo pipefail
+cd "$(dirname "$0")/.."
+quick=; [ "${1:-}" = --quick ] && quick=--quick
+PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-bench/wheels} BUILD=${BUILD:-build/gpu} LIMIT=${LIMIT:-540}
+say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+fail() { echo "bench/gpu.sh: $1" >&2; exit 1; }
+
+say "packages"
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "PYTHON=$PYTHON is not Python 3.10 or later"
+"$PYTHON" -c 'import torch, triton' || fail "PYTHON=$PYTHON has no torch, or no triton: install a CUDA build of torch"
+mkdir -p "$BUILD"
+BUILD=$(cd "$BUILD" && pwd)
+export PYTHONPATH=$BUILD PATH=$BUILD/bin:$PATH PYTHONUNBUFFERED=1
+if [ -d "$WHEELS" ]; then
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$BUILD" "$WHEELS"/*.whl
+fi
+missing() {
+  "$PYTHON" - "$@" <<'EOF'
+import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
+EOF
+}
+absent=$(missing scikit_build_core pybind11 pytest hypothesis click rich safetensors matplotlib scipy ot cpuinfo numpy)
+[ -z "$absent" ] || fail "Python packages are missing: $absent. Put their wheels into $WHEELS (WHEELS names another folder)"
+for tool in cmake ninja g++; do
+  command -v "$tool" >/dev/null || fail "$tool is missing; wheels of cmake and ninja in $WHEELS serve too"
+done
+
+say "build"
+"$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$BUILD" .
+gpu=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))')
+if [ "$gpu" = 1 ]; then
+  device=cuda
+else
+  [ -n "$quick" ] || fail "torch sees no GPU; --quick runs everything that needs none"
+  device=cpu
+  export TRITON_INTERPRET=1
+fi
+"$PYTHON" -m shear_ops info
+backends=$("$PYTHON" -c 'from shear_ops import backends
+print(*(n for n, why in backends.status().items() if n in ("cuda", "triton") and why is None))')
+[ -n "$backends" ] || fail "no GPU backend can be used; shear-ops info above says why"
+either=${backends// / or }
+
+say "tests on $device: $backends"
+if [ -n "$quick" ]; then
+  "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_triton.py -k "chunks or strided"
+else
+  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_backends.py tests/test_triton.py -k "$either" -r f
+fi
+
+sanitizer=$(command -v compute-sanitizer || true)
+if [ "$gpu" = 1 ] && [ -n "$sanitizer" ]; then
+  for check in memcheck racecheck; do
+    say "compute-sanitizer $check"
+    timeout 90 "$sanitizer" --tool "$check" --error-exitcode 1 "$PYTHON" -m pytest -q -x -p no:cacheprovider \
+      tests/test_backends.py -k "against_float64 and ($either) and bfloat16 and (tails or chamfer or two_clusters)"
+  done
+else
+  echo "compute-sanitizer: not run (no GPU, or it is not on the PATH)"
+fi
+
+record=$BUILD/record.json
+[ -n "$quick" ] || record=$("$PYTHON" -c 'import torch
+from bench.record import RESULTS, device_facts, slug
+print(RESULTS / f"{slug(device_facts(torch.device("cuda")))}.json")')
+rm -f "$BUILD/record.json"
+for entry in paper-bf16 growth small sinkhorn survivors; do
+  for backend in $backends; do
+    if [ "$SECONDS" -gt "$LIMIT" ]; then echo "no time left for $entry of $backend"; continue; fi
+    if [ -n "$quick" ] && [ "$entry" = survivors ]; then continue; fi
+    say "$entry of $backend"
+    "$PYTHON" -m bench.run --device "$device" --backend "$backend" --only "$entry" --no-tests $quick --out "$record"
+  done
+done
+
+say "what was measured"
+"$PYTHON" -m bench.gpu "$record"
