@@ -63,7 +63,7 @@ def run(
     states = measure(hidden, tables, center=options.distance != COSINE)
     known = span_means(states, tables) if options.distance == COSINE else states
     found = nearest.nothing_found(tables)
-    best = torch.full_like(found.distance, float("inf"))
+    best = found.distance.clone().view(torch.int32)  # bits of +inf
     counts = torch.zeros(5, dtype=torch.int64, device=hidden.device)
     if tables.chunks:
         counts[0] = sum(chunk.pairs.total for chunk in tables.chunks)

@@ -33,7 +33,7 @@ from .tasks import (
     has_scale,
 )
 
-BATCH = 32  # pairs of the queue that are looked at together where most are skipped
+BATCH = tl.constexpr(32)  # pairs of the queue that are looked at together where most are skipped
 
 
 class Tile(NamedTuple):
@@ -50,28 +50,31 @@ LARGE = Tile(0, 0, 8, 3)  # no tile: costs are read again in every iteration
 
 
 @triton.jit
-def beaten_many(bound, best, row, col, some, PRUNE: tl.constexpr):
-    """The test of beaten for a vector of pairs."""
-    if PRUNE:
-        of_row = tl.load(best + row, mask=some, other=0.0, volatile=True)
-        of_col = tl.load(best + col, mask=some, other=0.0, volatile=True)
-        return (bound > of_row) & (bound > of_col)
-    else:
-        return bound < -float("inf")
+def can_win(bound, best, row, col, some, prune, word):
+    """The test of beaten for a vector of at most 32 pairs.
+
+    Every warp loads for itself: what one thread found is passed to all through memory.
+    """
+    of_row = tl.load(best + row, mask=some, other=0, volatile=True).to(tl.float32, bitcast=True)
+    of_col = tl.load(best + col, mask=some, other=0, volatile=True).to(tl.float32, bitcast=True)
+    alive = some & ~((prune != 0) & (bound > of_row) & (bound > of_col))
+    lane = tl.arange(0, BATCH)
+    tl.atomic_xchg(word, tl.sum(alive.to(tl.int32) << lane, 0))
+    return (tl.atomic_add(word, 0) >> lane) & 1 != 0
 
 
-@triton.jit(do_not_specialize=["count", "total", "n_iters", "longest"])
+@triton.jit(do_not_specialize=["count", "total", "n_iters", "longest", "prune"])
 def solve_kernel(
     costs, spans, group_norm, blocks, pair_first, count, order, total, queue, counts, best,
-    values, residuals, iterations, scratch, longest, reg, tol, n_iters,
-    UNIT_IS_NORM: tl.constexpr, PRUNE: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr,
-    B: tl.constexpr, APPROXIMATE: tl.constexpr,
+    values, residuals, iterations, words, scratch, longest, reg, tol, n_iters, prune,
+    UNIT_IS_NORM: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Take pairs from the queue until it is empty. SIZE: of the tile, 0 for spans that fit none.
 
     counts: bounded away, abandoned, solved, stopped at n_iters.
     """
-    lane = tl.arange(0, B)
+    lane = tl.arange(0, BATCH)
     bounded = total * 0
     left = total * 0
     solved = total * 0
@@ -81,10 +84,7 @@ def solve_kernel(
     while at < total:
         slot = at + lane
         there = (lane < step) & (slot < total)
-        if PRUNE:
-            pair = tl.load(order + slot, mask=there, other=0)
-        else:
-            pair = slot.to(tl.int64)
+        pair = tl.load(order + slot, mask=there, other=0)
         b = find(pair_first, count, pair)
         local = pair - tl.load(pair_first + b)
         col_spans = tl.load(blocks + b * BLOCK + COL_SPANS)
@@ -93,12 +93,12 @@ def solve_kernel(
         place = tl.load(blocks + b * BLOCK + PAIR_OFFSET) + local
         bound = tl.load(values + place, mask=there, other=0.0)
         alive = there & has_scale(group_norm, tl.load(blocks + b * BLOCK + GROUP))
-        alive &= ~beaten_many(bound, best, row, col, alive, PRUNE)
+        alive = can_win(bound, best, row, col, alive, prune, words + tl.program_id(0))
         bounded += tl.sum((there & ~alive).to(tl.int32), 0)
         # one pair at a time while pairs are solved, many where most are skipped
-        step = tl.where(tl.max(alive.to(tl.int32), 0) > 0, 1, B)
+        step = tl.where(tl.max(alive.to(tl.int32), 0) > 0, 1, BATCH)
         while tl.max(alive.to(tl.int32), 0) > 0:
-            next_one = tl.min(tl.where(alive, lane, B), 0)
+            next_one = tl.min(tl.where(alive, lane, BATCH), 0)
             chosen = lane == next_one
             alive &= ~chosen
             own = blocks + tl.sum(tl.where(chosen, b, 0), 0) * BLOCK
@@ -106,7 +106,7 @@ def solve_kernel(
             r = tl.sum(tl.where(chosen, row, 0), 0)
             s = tl.sum(tl.where(chosen, col, 0), 0)
             known = tl.load(values + p)
-            if beaten(known, best + r, best + s, PRUNE):
+            if beaten(known, best + r, best + s, prune):
                 bounded += 1
             else:
                 i = tl.load(spans + r * SPAN + SPAN_BEGIN)
@@ -122,13 +122,13 @@ def solve_kernel(
                 cost = costs + tl.load(own + COST_OFFSET) + i * ld + j
                 if SIZE > 0:
                     distance, error, it, abandoned = solve_tile(
-                        cost, ld, n, m, eps, n_iters, tol, known, best + r, best + s,
-                        SIZE, LANES, PRUNE, APPROXIMATE,
+                        cost, ld, n, m, eps, n_iters, tol, known, best + r, best + s, prune,
+                        SIZE, LANES, APPROXIMATE,
                     )  # fmt: skip
                 else:
                     distance, error, it, abandoned = solve_large(
-                        cost, ld, n, m, eps, n_iters, tol, known, best + r, best + s,
-                        scratch + tl.program_id(0).to(tl.int64) * 3 * longest, longest, PRUNE,
+                        cost, ld, n, m, eps, n_iters, tol, known, best + r, best + s, prune,
+                        scratch + tl.program_id(0).to(tl.int64) * 3 * longest, longest,
                         APPROXIMATE,
                     )  # fmt: skip
                 tl.store(values + p, distance)
@@ -139,9 +139,9 @@ def solve_kernel(
                     stopped += (it >= n_iters).to(tl.int32)
                     tl.store(residuals + p, error)
                     tl.store(iterations + p, it)
-                    if PRUNE:
-                        tl.atomic_min(best + r, distance)
-                        tl.atomic_min(best + s, distance)
+                    bits = distance.to(tl.int32, bitcast=True)  # in the order of floats >= 0
+                    tl.atomic_min(best + r, bits)
+                    tl.atomic_min(best + s, bits)
         at = tl.atomic_add(queue, step)
     tl.atomic_add(counts, bounded.to(tl.int64))
     tl.atomic_add(counts + 1, left.to(tl.int64))
@@ -160,18 +160,21 @@ def solve(
 ) -> None:  # fmt: skip
     """Solve the pairs of a chunk whose bounds can still be below the best distance of a span.
 
-    best: (spans,) smallest distances so far. counts: (4,), see solve_kernel.
+    best: (spans,) int32, float bits of the smallest distances so far. counts: (4,), see
+    solve_kernel. prune is no compile-time value: the same code with and without, so that the
+    results are the same bits.
     """
     total, longest = chunk.pairs.total, tables.longest
     target, tile = target_of(costs.device), tile_for(longest)
     queue = torch.zeros(1, dtype=torch.int32, device=costs.device)
     # best first: what is solved early prunes the most
-    order = torch.argsort(pairs.value, stable=True) if prune else queue
+    order = torch.argsort(pairs.value, stable=True)
     programs = min(total, target.processors * tile.resident)
+    words = torch.empty(programs, dtype=torch.int32, device=costs.device)
     scratch = costs.new_empty(3 * longest * programs if tile is LARGE else 0)
     solve_kernel[programs,](
         costs, tables.spans, group_norm, chunk.blocks, chunk.pairs.first, len(chunk.blocks), order,
-        total, queue, counts, best, *pairs, scratch, longest, reg, tol, n_iters,
-        UNIT_IS_NORM=unit_is_norm, PRUNE=prune, SIZE=tile.size, LANES=tile.lanes, B=BATCH,
+        total, queue, counts, best, *pairs, words, scratch, longest, reg, tol, n_iters, int(prune),
+        UNIT_IS_NORM=unit_is_norm, SIZE=tile.size, LANES=tile.lanes,
         APPROXIMATE=target.approximate, num_warps=tile.warps, num_stages=1,
     )  # fmt: skip

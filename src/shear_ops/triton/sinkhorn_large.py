@@ -154,8 +154,8 @@ def corrected(cost, ld, n, m, scale, f_at, g_at, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def solve_large(
-    cost, ld, n, m, eps, n_iters, tol, bound, best_row, best_col, scratch, longest,
-    PRUNE: tl.constexpr, APPROXIMATE: tl.constexpr,
+    cost, ld, n, m, eps, n_iters, tol, bound, best_row, best_col, prune, scratch, longest,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Return span distance (or the bound that was beaten), residual, iterations, abandoned.
 
@@ -172,7 +172,7 @@ def solve_large(
     sum_f = hard_rows(cost, ld, n, m, scale, f_at)
     sum_g = hard_columns(cost, ld, n, m, scale, f_at, g_at, True)
     bound = larger(bound, (sum_f / rows + sum_g / cols) * unit)
-    abandoned = beaten(bound, best_row, best_col, PRUNE)
+    abandoned = beaten(bound, best_row, best_col, prune)
     done = abandoned
     distance = bound
     error = bound * 0.0
@@ -210,7 +210,7 @@ def solve_large(
             sum_g = hard_columns(cost, ld, n, m, scale, f_at, g_at, False)
             dual = (sum_f / rows + sum_g / cols) * unit
             bound = larger(bound, tl.where(dual < float("inf"), dual, bound))
-            abandoned = beaten(bound, best_row, best_col, PRUNE)
+            abandoned = beaten(bound, best_row, best_col, prune)
             done = abandoned
             distance = bound
             if finish & ~abandoned:

@@ -74,14 +74,13 @@ def tolerance(tol, distance, eps, most):
 
 
 @triton.jit
-def beaten(bound, best_row, best_col, PRUNE: tl.constexpr):
-    """Strictly above both minima.
+def beaten(bound, best_row, best_col, prune):
+    """Whether the bound is strictly above both minima (float bits; others lower them meanwhile).
 
-    Ties are computed, so that the result never depends on the order of the pairs.
+    Ties are computed, so that the result never depends on the order of the pairs. Read by atomics:
+    one thread reads for all, where each thread's own load could see another minimum, and the warps
+    of a program would go different ways.
     """
-    if PRUNE:
-        of_row = tl.load(best_row, volatile=True)
-        of_col = tl.load(best_col, volatile=True)
-        return (bound > of_row) & (bound > of_col)
-    else:
-        return bound < -float("inf")
+    of_row = tl.atomic_add(best_row, 0).to(tl.float32, bitcast=True)
+    of_col = tl.atomic_add(best_col, 0).to(tl.float32, bitcast=True)
+    return (prune != 0) & (bound > of_row) & (bound > of_col)

@@ -52,8 +52,8 @@ def sum_all(x):
 
 @triton.jit
 def solve_tile(
-    cost, ld, n, m, eps, n_iters, tol, bound, best_row, best_col,
-    SIZE: tl.constexpr, LANES: tl.constexpr, PRUNE: tl.constexpr, APPROXIMATE: tl.constexpr,
+    cost, ld, n, m, eps, n_iters, tol, bound, best_row, best_col, prune,
+    SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Return span distance (or the bound that was beaten), residual, iterations, abandoned."""
     i = tl.arange(0, SIZE)
@@ -75,7 +75,7 @@ def solve_tile(
     f = tl.where(is_row, tl.min(tl.min(c, 1), 1), 0.0)
     g = tl.where(is_col, tl.min(c - f[:, None, None], 0), 0.0)
     bound = larger(bound, (tl.sum(f, 0) / rows + sum_all(g) / cols) * unit)
-    abandoned = beaten(bound, best_row, best_col, PRUNE)
+    abandoned = beaten(bound, best_row, best_col, prune)
     done = abandoned
     distance = bound
     error = bound * 0.0
@@ -144,7 +144,7 @@ def solve_tile(
                 )
                 dual = (tl.sum(potential, 0) / rows + sum_all(reached) / cols) * unit
                 bound = larger(bound, tl.where(dual < float("inf"), dual, bound))
-                abandoned = beaten(bound, best_row, best_col, PRUNE)
+                abandoned = beaten(bound, best_row, best_col, prune)
                 done = abandoned
                 distance = bound
                 if finish & ~abandoned:
