@@ -4,7 +4,7 @@
 token; ``torch.ops.shear.span_weights`` is the same as a torch operator.
 """
 
-from . import reference, torch_op  # noqa: F401
+from . import distributed, reference, torch_op  # noqa: F401
 from ._C import build_info, cpu_isa
 from .api import (
     PairCounts,
@@ -19,18 +19,28 @@ from .api import (
     span_weights,
     weighted_advantages,
 )
+from .bank import BankedWeights, HiddenBank
+from .capture import HiddenCapture
 from .config import SpanConfig
+from .groups import group_ids_from_uids
+from .weighting import Weighting
 
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "BankedWeights",
+    "HiddenBank",
+    "HiddenCapture",
     "PairCounts",
     "Plan",
     "SinkhornResult",
     "SpanConfig",
     "SpanDistances",
+    "Weighting",
     "build_info",
     "cpu_isa",
+    "distributed",
+    "group_ids_from_uids",
     "labels_from_rewards",
     "pair_distances",
     "plan",

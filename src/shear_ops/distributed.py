@@ -1,0 +1,243 @@
+"""Token weights of groups whose rollouts are spread over the ranks of a process group.
+
+Every group with both labels gets one owner. The other ranks send it the hidden states of their
+rollouts, the owner computes the group alone, in the order of the sample ids, and sends float32
+weights back. So a hidden state crosses the wire at most once, groups with one label cost nothing,
+and the result does not depend on the number of ranks or on who holds what: on one kind of device it
+is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import api
+from .checks import STATE_DTYPES, as_integers
+from .config import SpanConfig
+from .link import Link, Move
+from .weighting import Weighting
+
+
+class GroupWeights(NamedTuple):
+    """Token weights of a rank's rollouts, and what they cost.
+
+    Attributes:
+        weights: float32, (N,) or (B, T) as span_weights returns them.
+        states_sent, weights_sent: bytes that this rank sent to other ranks.
+        groups, mixed_groups: of all ranks: how many groups, and how many with both labels.
+    """
+
+    weights: Tensor
+    states_sent: int
+    weights_sent: int
+    groups: int
+    mixed_groups: int
+
+
+class _Rollout(NamedTuple):
+    group: int
+    sample: int
+    label: int
+    tokens: int
+    rank: int
+    place: int  # among the rollouts of its rank
+
+
+def span_weights(
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    group_ids: api.Integers,
+    labels: api.Integers,
+    sample_ids: api.Integers | None = None,
+    config: SpanConfig = SpanConfig(),
+    weighting: Weighting = Weighting(),
+    step: int = 0,
+    backend: str | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> GroupWeights:
+    """Token weights of this rank's rollouts, whose groups may lie on any ranks. Collective.
+
+    Every rank of the process group calls it equally often, also with no rollouts. Without
+    torch.distributed it computes the same on one process.
+
+    Args:
+        hidden, cu_seqlens, mask, labels, config, backend: as in shear_ops.span_weights, of this
+            rank's rollouts. A rank without rollouts may pass hidden (0, 1) of any dtype.
+        group_ids: (B,) integers, equal on all ranks for rollouts of one prompt.
+        sample_ids: (B,) integers, unique within a group over all ranks: a group is computed in
+            their order. Default: the position in the batch, all ranks' rollouts one after another.
+        weighting: options on the weights, see Weighting. step: optimizer steps taken so far.
+        process_group: default the whole world; a data-parallel group where ranks hold replicas.
+
+    Returns:
+        GroupWeights. States in groups with one label are not looked at, not even for NaN.
+
+    Raises:
+        TypeError, ValueError: as shear_ops.span_weights; duplicate sample_ids; arguments that
+            differ between ranks.
+        RuntimeError: on the other ranks if one rank raised, instead of leaving them waiting. A
+            rank that died raises through the process group's time-out.
+    """
+    link = Link(process_group, hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
+
+    def check() -> tuple[api._Call, list[int] | None]:
+        call = api._prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
+        api._check_values(call, config)
+        if not isinstance(weighting, Weighting):
+            raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
+        if sample_ids is None:
+            return call, None
+        return call, as_integers("sample_ids", sample_ids, call.labels.shape[0]).tolist()
+
+    call, ids = link.agree(check)
+    states, offsets = call.packed.hidden.detach(), call.packed.cu_seqlens.tolist()
+    batch = len(offsets) - 1
+    settings = repr((config, weighting, step, backend, ids is None))
+    dim, dtype, before = _same_everywhere(link, states, batch, settings)
+    groups = _groups(link, call, ids if ids is not None else range(before, before + batch))
+    mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
+    owners = _owners(mixed, link.size)
+
+    def states_of(rollout: _Rollout) -> Tensor:
+        return states[offsets[rollout.place] : offsets[rollout.place + 1]]
+
+    travelling = [r for g in mixed for r in mixed[g] if r.rank != owners[g]]
+    arrived, states_sent = link.exchange(
+        [Move(r, r.tokens, r.rank, owners[r.group]) for r in travelling],
+        states_of, dim, dtype,
+    )  # fmt: skip
+
+    def compute() -> dict[_Rollout, Tensor]:
+        found: dict[_Rollout, Tensor] = {}
+        for group in (g for g in mixed if owners[g] == link.rank):
+            members = mixed[group]
+            lengths = [r.tokens for r in members]
+            weights = api.span_weights(
+                torch.cat([arrived[r] if r in arrived else states_of(r) for r in members]),
+                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+                group_ids=[group] * len(members),
+                labels=[r.label for r in members],
+                config=config,
+                backend=backend,
+            )
+            found.update(
+                zip(members, torch.split(weighting.apply(weights, step), lengths), strict=True)
+            )
+        return found
+
+    computed = link.agree(compute)
+    returned, weights_sent = link.exchange(
+        [Move(r, r.tokens, owners[r.group], r.rank) for r in travelling],
+        lambda rollout: computed[rollout][:, None], 1, torch.float32,
+    )  # fmt: skip
+    weights = torch.ones(offsets[-1], device=states.device)
+    for rollout in (r for members in mixed.values() for r in members if r.rank == link.rank):
+        value = computed[rollout] if rollout in computed else returned[rollout][:, 0]
+        weights[offsets[rollout.place] : offsets[rollout.place + 1]] = value
+    return GroupWeights(
+        call.packed.restore(weights, fill=1.0), states_sent, weights_sent, len(groups), len(mixed)
+    )
+
+
+def mixed_groups(
+    group_ids: api.Integers,
+    labels: api.Integers,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> set[int]:
+    """Ids of the groups with both labels: the only ones whose states are needed. Collective.
+
+    Args:
+        group_ids, labels, process_group: as in span_weights.
+    """
+    link = Link(process_group, torch.device("cpu"))
+    groups = as_integers("group_ids", group_ids).tolist()
+    truth = as_integers("labels", labels, len(groups)).tolist()
+    pairs = [[int(group), int(label)] for group, label in zip(groups, truth, strict=True)]
+    seen = {(group, label) for part in link.gather(pairs, 2) for group, label in part}
+    return {group for group, label in seen if label == 1 and (group, 0) in seen}
+
+
+def _same_everywhere(
+    link: Link, states: Tensor, batch: int, settings: str
+) -> tuple[int, torch.dtype, int]:
+    """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
+    own = [batch, states.shape[1], STATE_DTYPES.index(states.dtype), zlib.crc32(settings.encode())]
+    ranks = [row for (row,) in link.gather([own], 4)]
+    if any(row[3] != ranks[0][3] for row in ranks):
+        raise ValueError(
+            "config, weighting, step, backend and the presence of sample_ids must be the same on "
+            f"all ranks, got others than these on some rank: {settings}"
+        )
+    forms = {tuple(row[1:3]) for row in ranks if row[0]} or {tuple(own[1:3])}
+    if len(forms) > 1:
+        seen = ", ".join(f"({dim}, {STATE_DTYPES[code]})" for dim, code in sorted(forms))
+        raise ValueError(f"hidden must have one d and one dtype on all ranks, got {seen}")
+    ((dim, code),) = forms
+    return dim, STATE_DTYPES[code], sum(row[0] for row in ranks[: link.rank])
+
+
+def _groups(
+    link: Link, call: api._Call, sample_ids: list[int] | range
+) -> dict[int, list[_Rollout]]:
+    """Rollouts of all ranks by group, groups and rollouts in the order of their ids."""
+    columns = zip(
+        call.group_ids.tolist(),
+        sample_ids,
+        (int(label) for label in call.labels.tolist()),
+        call.packed.cu_seqlens.diff().tolist(),
+        strict=True,
+    )
+    gathered = link.gather([list(row) for row in columns], 4)
+    rollouts = sorted(
+        _Rollout(group, sample, label, tokens, rank, place)
+        for rank, rows in enumerate(gathered)
+        for place, (group, sample, label, tokens) in enumerate(rows)
+    )
+    groups: dict[int, list[_Rollout]] = {}
+    for rollout in rollouts:
+        members = groups.setdefault(rollout.group, [])
+        if members and members[-1].sample == rollout.sample:
+            raise ValueError(
+                f"sample_ids must be unique within a group, got {rollout.sample} twice in group "
+                f"{rollout.group} (ranks {members[-1].rank} and {rollout.rank})"
+            )
+        members.append(rollout)
+    return groups
+
+
+def _mixed(rollouts: list[_Rollout]) -> list[_Rollout]:
+    """Those that take part, if there are tokens with both labels; else none."""
+    taking = [r for r in rollouts if r.label >= 0 and r.tokens > 0]
+    return taking if {r.label for r in taking} == {0, 1} else []
+
+
+def _owners(groups: dict[int, list[_Rollout]], ranks: int) -> dict[int, int]:
+    """One of the ranks that hold a group: large groups first, each where it is least work.
+
+    The work of a group is its token pairs; moving all of its states costs about as much again, so
+    that a group leaves the rank that holds most of it only if that has much more to do already.
+    """
+    load, owners = [0] * ranks, {}
+    work = {group: _token_pairs(members) for group, members in groups.items()}
+    for group in sorted(groups, key=lambda g: (-work[g], g)):
+        held: dict[int, int] = {}
+        for rollout in groups[group]:
+            held[rollout.rank] = held.get(rollout.rank, 0) + rollout.tokens
+        total = sum(held.values())
+        owner = min(held, key=lambda r: (load[r] * total + work[group] * (total - held[r]), r))
+        load[owner] += work[group]
+        owners[group] = owner
+    return owners
+
+
+def _token_pairs(rollouts: list[_Rollout]) -> int:
+    correct = sum(r.tokens for r in rollouts if r.label)
+    return correct * (sum(r.tokens for r in rollouts) - correct)

@@ -1,0 +1,29 @@
+"""Group ids of rollouts from what a trainer has instead of integers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def group_ids_from_uids(uids: Sequence[object]) -> Tensor:
+    """Group ids from strings, or from prompts: equal ones get equal ids, on every rank alike.
+
+    Args:
+        uids: B strings, or B prompts as sequences or 1-d tensors of token ids.
+
+    Returns:
+        (B,) int64 in [0, 2^63): hashes, without communication. Two different uids of a batch of a
+        million share one with probability 5e-8.
+    """
+    return torch.tensor([_hash(uid) for uid in uids], dtype=torch.int64)
+
+
+def _hash(uid: object) -> int:
+    if isinstance(uid, Tensor):
+        uid = uid.tolist()
+    text = uid if isinstance(uid, str) else repr([int(token) for token in uid])  # type: ignore[attr-defined]
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,319 @@
+"""Groups spread over ranks: the weights of one process bit for bit, counted bytes, failing ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ranks
+from problems import Text
+from shear_ops import HiddenBank, SpanConfig, Weighting, distributed, span_weights
+
+CONFIG = SpanConfig(span=16, stride=5)
+GROUPS = 5
+SIZE = 4
+
+# Group 3 is all correct, group 4 has one label and an ignored rollout; one rollout has no tokens.
+LENGTHS = (60, 75, 52, 64, 33, 80, 0, 41, 20, 90, 17, 16, 50, 40, 30, 20, 70, 10, 25, 35)
+LABELS = (1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, -1, 1, 1, 1, 1, 0, 0, -1, 0)
+
+
+def rollouts(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [states.to(dtype) for states in Text(3, 24).rollouts(*LENGTHS)]
+
+
+def batch(places: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    states = rollouts(dtype)
+    return {
+        "hidden": torch.cat([torch.empty(0, 24, dtype=dtype), *(states[i] for i in places)]),
+        "cu_seqlens": torch.tensor([0, *(LENGTHS[i] for i in places)]).cumsum(0),
+        "group_ids": [100 - i // SIZE for i in places],
+        "labels": [LABELS[i] for i in places],
+        "config": CONFIG,
+    }
+
+
+def by_rollout(weights: Tensor, places: list[int]) -> dict[int, Tensor]:
+    parts = weights.split([LENGTHS[i] for i in places])
+    return dict(zip(places, parts, strict=True))
+
+
+def plain(dtype: torch.dtype) -> dict[int, Tensor]:
+    everything = list(range(GROUPS * SIZE))
+    return by_rollout(span_weights(**batch(everything, dtype)), everything)
+
+
+def scattered(rank: int, size: int) -> list[int]:
+    """Every rank has another number of rollouts in another order; the last of several has none."""
+    holders = max(1, size - 1) if size > 2 else size
+    order = torch.randperm(GROUPS * SIZE, generator=torch.Generator().manual_seed(size)).tolist()
+    return [i for i in order if (i * i) % holders == rank]
+
+
+def weigh(rank: int, dtype: torch.dtype) -> tuple[dict[int, Tensor], Any]:
+    places = scattered(rank, dist.get_world_size())
+    found = distributed.span_weights(**batch(places, dtype), sample_ids=places)
+    return by_rollout(found.weights, places), found[1:]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_as_one_process(size: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16) if size == 3 else (torch.bfloat16,):
+        wanted = plain(dtype)
+        found: dict[int, Tensor] = {}
+        for weights, (states_sent, weights_sent, groups, mixed) in ranks.run(size, weigh, dtype):
+            found |= weights
+            assert (groups, mixed) == (5, 3)
+            assert (states_sent, weights_sent) == (0, 0) or size > 1
+        assert sorted(found) == list(range(GROUPS * SIZE))
+        assert all(torch.equal(found[i], wanted[i]) for i in wanted)
+        assert sum(bool((w != 1).any()) for w in found.values()) == 10  # not vacuous
+
+
+def test_without_torch_distributed() -> None:
+    places = scattered(0, 1)
+    found = distributed.span_weights(**batch(places))
+    wanted = plain(torch.float32)
+    assert all(torch.equal(w, wanted[i]) for i, w in by_rollout(found.weights, places).items())
+    assert found[1:] == (0, 0, 5, 3)
+
+
+def test_padded_layout() -> None:
+    arguments = batch(list(range(4)))
+    mask = torch.zeros(4, 100, dtype=torch.bool)
+    hidden = torch.full((4, 100, 24), torch.nan)
+    for i, states in enumerate(rollouts()[:4]):
+        mask[i, i : i + 2 * len(states) : 2] = True  # holes
+        places = mask[i].nonzero()[:, 0]
+        mask[i, places[len(states) :]] = False
+        hidden[i, mask[i]] = states[: len(places)]
+    del arguments["cu_seqlens"], arguments["hidden"]
+    found = distributed.span_weights(hidden, mask=mask, **arguments)
+    assert torch.equal(found.weights, span_weights(hidden, mask=mask, **arguments))
+
+
+def bank_and_weigh(rank: int, known: bool) -> tuple[dict[int, Tensor], int, int]:
+    places = scattered(rank, dist.get_world_size())
+    everything = batch(places)
+    mixed = (
+        distributed.mixed_groups(everything["group_ids"], everything["labels"]) if known else None
+    )
+    bank = HiddenBank(mixed_groups=mixed)
+    for part in (places[:3], places[3:4], [], places[4:]):
+        arguments = batch(part)
+        del arguments["config"]
+        bank.add(**arguments, sample_ids=part)
+    nbytes = bank.nbytes
+    found = bank.finalize(config=CONFIG)
+    assert len(bank) == 0
+    assert list(found.weights) == places
+    return found.weights, nbytes, found.states_sent
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_bank_over_ranks(known: bool) -> None:
+    wanted = plain(torch.float32)
+    found: dict[int, Tensor] = {}
+    stored = 0
+    for weights, nbytes, _ in ranks.run(2, bank_and_weigh, known):
+        found |= weights
+        stored += nbytes
+    assert all(torch.equal(found[i], wanted[i]) for i in range(GROUPS * SIZE))
+    taking = [i for i, label in enumerate(LABELS) if label >= 0 and (not known or i < 12)]
+    assert stored == sum(LENGTHS[i] for i in taking) * 24 * 4
+
+
+def one_per_rank(rank: int, tokens: int, dim: int, labels: list[int], weigh: bool) -> Any:
+    if not weigh:  # the bytes of a size that takes minutes to compute on two cores
+        distributed.api.span_weights = lambda hidden, **_: torch.ones(hidden.shape[0])
+    hidden = torch.full((tokens, dim), float(rank + 1), dtype=torch.bfloat16)
+    hidden[:, 0] = torch.arange(tokens)
+    return distributed.span_weights(
+        hidden, cu_seqlens=torch.tensor([0, tokens]), group_ids=[7], labels=[labels[rank]],
+        config=CONFIG,
+    )[1:]  # fmt: skip
+
+
+def mixed_and_not(rank: int) -> Any:
+    return [one_per_rank(rank, 30, 56, labels, True) for labels in ([1, 0, 0, 1], [0, 0, 0, 0])]
+
+
+def test_bytes_over_the_wire() -> None:
+    """Each state that is not at its owner travels once; nothing for a group with one label."""
+    mixed, one_label = zip(*ranks.run(4, mixed_and_not), strict=True)
+    assert sum(states for states, _, _, _ in mixed) == 3 * 30 * 56 * 2
+    assert sum(weights for _, weights, _, _ in mixed) == 3 * 30 * 4
+    assert [found[:2] for found in one_label] == [(0, 0)] * 4
+
+
+def test_bytes_at_the_papers_size() -> None:
+    """T = 3000, d = 3584, a group of 8 spread over 8 ranks: 150.5 MB of states in all.
+
+    The owner is asked for instead of running eight processes; two real ranks send one rollout.
+    """
+    held = [distributed._Rollout(0, i, int(i < 4), 3000, i, 0) for i in range(8)]
+    owner = distributed._owners({0: held}, 8)[0]
+    states = sum(r.tokens for r in held if r.rank != owner) * 3584 * 2
+    assert states == 150_528_000
+    found = ranks.run(2, one_per_rank, 3000, 3584, [1, 0], False)
+    assert sum(sent for sent, _, _, _ in found) == states // 7 == 21_504_000
+    assert sum(sent for _, sent, _, _ in found) == 12_000
+
+
+def test_whole_groups_stay_where_they_are() -> None:
+    held = {
+        g: [distributed._Rollout(g, i, i % 2, 50 + g, g % 2, i) for i in range(4)] for g in range(6)
+    }
+    assert distributed._owners(held, 2) == {g: g % 2 for g in range(6)}
+
+
+def test_owners_share_the_work() -> None:
+    held = {
+        g: [distributed._Rollout(g, i, i % 2, 50, i % 4, g) for i in range(4)] for g in range(8)
+    }
+    owners = list(distributed._owners(held, 4).values())
+    assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def fail_at(rank: int, how: str) -> None:
+    arguments = batch([0, 1, 2] if rank else [3])
+    sample_ids = [0, 1, 2] if rank else [3]
+    if rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), 9)
+        elif how == "absent":
+            time.sleep(8)
+            return
+        elif how == "nan":
+            arguments["hidden"][5, 3] = torch.nan
+        elif how == "labels":
+            arguments["labels"] = [2, 0, 1]
+        elif how == "sample_ids":
+            sample_ids = [0, 1]
+        elif how == "duplicate":
+            sample_ids = [0, 1, 3]
+        elif how == "dtype":
+            arguments["hidden"] = arguments["hidden"].bfloat16()
+        elif how == "config":
+            arguments["config"] = SpanConfig(span=15, stride=5)
+    distributed.span_weights(**arguments, sample_ids=sample_ids)
+
+
+FAILURES = {  # what rank 1 does: the messages of rank 0 and of rank 1
+    "nan": ("rank 1 of the process group could not", "NaN"),
+    "labels": ("rank 1 of the process group could not", "labels"),
+    "sample_ids": ("rank 1 of the process group could not", "sample_ids must have 3 entries"),
+    "duplicate": ("sample_ids must be unique within a group, got 3 twice", "got 3 twice"),
+    "dtype": ("hidden must have one d and one dtype on all ranks", "one dtype"),
+    "config": ("config, weighting, step, backend and the presence of sample_ids", "config"),
+}
+
+
+def every_failure(rank: int) -> tuple[list[str], Tensor]:
+    messages = []
+    for how in FAILURES:
+        try:
+            fail_at(rank, how)
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    places = [0, 1, 2] if rank else [3]
+    return messages, distributed.span_weights(**batch(places), sample_ids=places).weights
+
+
+def test_error_of_one_rank_raises_on_all() -> None:
+    """... and leaves the process group in order for the next call."""
+    (first, before), (second, after) = ranks.run(2, every_failure)
+    for seen, wanted in zip((first, second), zip(*FAILURES.values(), strict=True), strict=True):
+        assert len(seen) == len(wanted)
+        assert all(text in message for text, message in zip(wanted, seen, strict=True)), seen
+    wanted = plain(torch.float32)
+    assert torch.equal(torch.cat([after, before]), torch.cat([wanted[i] for i in range(4)]))
+
+
+@pytest.mark.parametrize("how", ["killed", "absent"])
+def test_missing_rank_raises_within_the_timeout(how: str) -> None:
+    first, second = ranks.run(2, fail_at, how, timeout=4)
+    assert isinstance(first, RuntimeError)
+    assert second is None
+
+
+def outside(rank: int) -> str:
+    group = dist.new_group([0])
+    if rank == 0:
+        return ""
+    with pytest.raises(ValueError, match="process_group must contain this process"):
+        distributed.span_weights(**batch([0, 1]), process_group=group)
+    return "refused"
+
+
+def test_rank_outside_the_process_group() -> None:
+    assert ranks.run(2, outside) == ["", "refused"]
+
+
+def weights_of(weighting: Weighting, step: int = 0) -> Tensor:
+    arguments = batch(list(range(GROUPS * SIZE)))
+    return distributed.span_weights(**arguments, weighting=weighting, step=step).weights
+
+
+def test_weighting() -> None:
+    default = weights_of(Weighting())
+    assert torch.equal(default, torch.cat([*plain(torch.float32).values()]))
+    one_label = slice(sum(LENGTHS[:12]), None)
+    mean_one = by_rollout(weights_of(Weighting(mean_one=True)), list(range(GROUPS * SIZE)))
+    for g in range(3):
+        tokens = torch.cat([mean_one[i] for i in range(4 * g, 4 * g + 4) if LABELS[i] >= 0])
+        assert tokens.mean().item() == pytest.approx(1, abs=1e-6)
+    assert torch.equal(mean_one[11], torch.ones(16))  # ignored
+    clipped = weights_of(Weighting(clip=(0.3, 0.5)))
+    assert torch.equal(clipped[: one_label.start].clamp(0.3, 0.5)[:60], clipped[:60])
+    assert torch.equal(clipped[one_label], default[one_label])
+    warm = [weights_of(Weighting(warmup_steps=4), step) for step in (0, 1, 4, 9)]
+    assert torch.equal(warm[0], torch.ones_like(default))
+    assert torch.allclose(warm[1], 1 + (default - 1) / 4)
+    assert torch.equal(warm[2], default)
+    assert torch.equal(warm[3], default)
+
+
+def test_mean_one_of_identical_rollouts() -> None:
+    hidden = rollouts()[0].repeat(2, 1)
+    arguments: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 60, 120]), "group_ids": [0, 0]}
+    found = distributed.span_weights(
+        hidden, **arguments, labels=[1, 0], config=CONFIG, weighting=Weighting(mean_one=True)
+    )
+    assert bool(found.weights.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mean_one": 1}, "mean_one must be a bool"),
+        ({"clip": (2.0, 1.0)}, "clip must be"),
+        ({"clip": (-1.0, 1.0)}, "clip must be"),
+        ({"clip": (0.0, float("nan"))}, "clip must be"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be an int"),
+    ],
+)
+def test_weighting_is_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Weighting(**arguments)
+
+
+def test_bank_refuses() -> None:
+    with pytest.raises(ValueError, match="storage must be one of device, cpu, got 'disk'"):
+        HiddenBank(storage="disk")
+    bank = HiddenBank()
+    arguments = batch([0, 1])
+    del arguments["config"]
+    bank.add(**arguments, sample_ids=[0, 1])
+    with pytest.raises(ValueError, match=r"new and unique, got \[1, 2\], known: \[1\]"):
+        bank.add(**arguments, sample_ids=[1, 2])
+    with pytest.raises(ValueError, match=r"d = 24 and torch.float32 as before"):
+        bank.add(**{**arguments, "hidden": arguments["hidden"][:, :8]}, sample_ids=[2, 3])
+    assert len(bank) == 2
