@@ -41,7 +41,11 @@ def _main(
     folder: str, rank: int, ranks: int, timeout: float, function: Callable[..., Any], args: Any
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ |= {  # as torchrun sets them
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)

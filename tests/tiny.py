@@ -59,4 +59,4 @@ def correct(completions: list[str], answer: list[str], **_: Any) -> list[float]:
 
 
 def short(completions: list[str], **_: Any) -> list[float]:
-    return [0.6 * (len(c.split()) < 14) for c in completions]
+    return [0.6 * (len(c.split()) < 8) for c in completions]

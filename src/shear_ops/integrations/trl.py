@@ -1,0 +1,290 @@
+"""SHEAR in trl's GRPOTrainer (trl 0.29 to 1.16): ShearGRPOTrainer, ShearMixin and attach.
+
+Token weights need the policy's hidden states of whole groups. They come from a forward that the
+trainer does anyway, where there is one:
+
+- loss mode: the forward of the loss. Possible where a generation batch is one micro-batch
+  (steps_per_generation = 1, num_iterations = 1): no extra forward.
+- score mode: the forward for the old log-probabilities, which trl needs if generation and
+  optimisation are not aligned, or with vLLM; else one extra forward without gradients per
+  generation batch.
+
+Groups may lie on several ranks: states are regrouped over the whole world (shear_ops.distributed).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import trl
+from torch import Tensor
+from trl import GRPOTrainer
+
+from .. import distributed
+from ..api import labels_from_rewards
+from ..capture import HiddenCapture, Recording
+from ..config import SpanConfig
+from ..weighting import Weighting
+
+MODES = ("auto", "loss", "score")
+OLDEST_TRL = (0, 29)
+
+Trainer = TypeVar("Trainer")
+
+# a mixin at run time; for type checkers what it is mixed into
+_Base: Any = GRPOTrainer if TYPE_CHECKING else object
+
+
+@dataclass(frozen=True)
+class ShearConfig:
+    """How token weights are made in a GRPOTrainer.
+
+    Args:
+        correctness: the reward function that says whether a rollout is correct, by name or
+            position among reward_funcs. May be left out if there is only one.
+        threshold: a rollout is correct if that reward is at least this. Rollouts for which the
+            function returned None are ignored: weight 1, and in no opposing set.
+        mode: ``"loss"``, ``"score"`` (see the module), or ``"auto"``: loss where it is possible.
+        align: as in HiddenCapture.
+        spans: parameters of the method.
+        weighting: options on the weights; steps are optimizer steps.
+
+    Raises:
+        ValueError: for another mode.
+    """
+
+    correctness: str | int | None = None
+    threshold: float = 0.5
+    mode: str = "auto"
+    align: str = "token"
+    spans: SpanConfig = field(default_factory=SpanConfig)
+    weighting: Weighting = field(default_factory=Weighting)
+
+    def __post_init__(self) -> None:
+        """Check mode; the other fields are checked where they are used."""
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+
+
+class ShearMixin(_Base):  # type: ignore[misc]
+    """Multiplies the advantages of a GRPOTrainer with token weights; put it before the trainer.
+
+    Logs over all completion tokens of a generation batch ``shear/weight_mean``, ``weight_p95``,
+    ``weight_max``, and ``shear/mixed_groups``, the share of groups with both labels (the others
+    have weight 1).
+    """
+
+    def __init__(self, *args: Any, shear_config: ShearConfig | None = None, **kwargs: Any) -> None:
+        """Take the trainer's arguments and shear_config."""
+        super().__init__(*args, **kwargs)
+        self._start_shear(shear_config)
+
+    def _start_shear(self, config: ShearConfig | None) -> None:
+        self.shear_config = config = ShearConfig() if config is None else config
+        _refuse(self)
+        self._shear_correctness = _correctness(config.correctness, self.reward_func_names)
+        self._shear_mode = _mode(config.mode, self.args)
+        self._shear_capture: HiddenCapture | None = None
+        self._shear_scoring = False
+        self._shear_recording: Recording | None = None
+        self._shear_inputs: dict[str, Any] | None = None
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        # (all ranks' rollouts, functions): trl has the rewards by function nowhere else
+        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        self._shear_rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if self._shear_capture is None:  # not earlier: the model was not wrapped yet
+            self._shear_capture = HiddenCapture(self.model, align=self.shear_config.align)
+        training = self.model.training
+        # in evaluation a micro-batch need not hold whole groups
+        self._shear_scoring = self._shear_mode == "score" or not training
+        self._shear_recording = None
+        try:
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            size = batch["completion_ids"].shape[0]
+            first = self.accelerator.process_index * size
+            samples = torch.arange(first, first + size, device=batch["completion_ids"].device)
+            rewards = self._shear_rewards[first : first + size, self._shear_correctness]
+            batch["shear_samples"] = samples
+            batch["shear_labels"] = labels_from_rewards(rewards, self.shear_config.threshold)
+            if self._shear_scoring:
+                if self._shear_recording is None:
+                    self._forward_for_shear(batch, training)
+                recording: Any = self._shear_recording  # set by that forward
+                self._weigh(batch, recording)
+                del batch["shear_samples"], batch["shear_labels"]
+            return batch
+        finally:
+            self._shear_scoring, self._shear_recording = False, None
+
+    def _forward_for_shear(self, batch: dict[str, Any], training: bool) -> None:
+        # through trl's own method, which knows how this model wants images, chunks and autocast
+        wanted = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
+        args = self.args
+        with torch.no_grad():
+            self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+                batch["completion_ids"].shape[1],
+                batch_size=args.per_device_train_batch_size
+                if training
+                else args.per_device_eval_batch_size,
+                **{name: value for name, value in batch.items() if name in wanted},
+            )
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        compute = super()._get_per_token_logps_and_entropies
+        rest = (model, input_ids, attention_mask, logits_to_keep, *args)
+        inputs, capture = self._shear_inputs, self._shear_capture
+        wanted = inputs is not None or (self._shear_scoring and self._shear_recording is None)
+        if not wanted or capture is None or model is self.ref_model or capture.reference_pass:
+            return compute(*rest, **kwargs)
+        with capture.recording(attention_mask[:, -logits_to_keep:]) as recording:
+            result = compute(*rest, **kwargs)
+        if inputs is None:
+            self._shear_recording = recording
+        else:
+            self._weigh(inputs, recording)  # trl reads the advantages after this forward
+            self._shear_inputs = None
+        return result
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if "shear_samples" not in inputs:  # weighted when scored
+            return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
+        self._shear_inputs = inputs = dict(inputs)  # trl may use its own again
+        try:
+            loss: Tensor = super()._compute_loss(model, inputs)
+            if self._shear_inputs is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__} computed a loss without a forward of the policy that "
+                    "could be recorded: use ShearConfig(mode='score')"
+                )
+        finally:
+            self._shear_inputs = None
+        return loss
+
+    def _weigh(self, batch: dict[str, Any], recording: Recording) -> None:
+        """Replace the advantages (B,) of a batch by weighted ones (B, C)."""
+        completion = batch["completion_mask"].bool()
+        mask = completion & batch["tool_mask"].bool() if "tool_mask" in batch else completion
+        lengths = mask.sum(1).cumsum(0)
+        training = self.model.training
+        group_size = self.num_generations if training else self.num_generations_eval
+        found = distributed.span_weights(
+            recording.hidden[mask[completion]],
+            cu_seqlens=torch.nn.functional.pad(lengths, (1, 0)),
+            group_ids=batch["shear_samples"] // group_size,
+            labels=batch["shear_labels"],
+            sample_ids=batch["shear_samples"],
+            config=self.shear_config.spans,
+            weighting=self.shear_config.weighting,
+            step=self.state.global_step,
+        )
+        weights = torch.ones(mask.shape, device=mask.device)
+        weights[mask] = found.weights
+        batch["advantages"] = batch["advantages"][:, None] * weights
+        self._log_weights(found, self._metrics["train" if training else "eval"])
+
+    def _log_weights(self, found: distributed.GroupWeights, metrics: Any) -> None:
+        padded = self.accelerator.pad_across_processes(found.weights, pad_index=torch.nan)
+        weights = self.accelerator.gather(padded)
+        weights = weights[~weights.isnan()]
+        metrics["shear/mixed_groups"].append(found.mixed_groups / found.groups)
+        if weights.numel():
+            metrics["shear/weight_mean"].append(weights.mean().item())
+            # not torch.quantile, which takes 16 million at most
+            metrics["shear/weight_p95"].append(
+                weights.kthvalue(-(-weights.numel() * 95 // 100)).values.item()
+            )
+            metrics["shear/weight_max"].append(weights.max().item())
+
+
+class ShearGRPOTrainer(ShearMixin, GRPOTrainer):  # type: ignore[misc]
+    """GRPOTrainer with SHEAR's token weights; takes shear_config=ShearConfig(...) besides."""
+
+
+def attach(trainer: Trainer, shear_config: ShearConfig | None = None) -> Trainer:
+    """Turn a GRPOTrainer that somebody else built into a SHEAR trainer, in place.
+
+    Training is bit-identical to that of a ShearGRPOTrainer.
+
+    Args:
+        trainer: a trl.GRPOTrainer or an instance of a subclass, before train().
+        shear_config: default ShearConfig().
+
+    Raises:
+        TypeError: for another trainer. ValueError: as ShearGRPOTrainer.
+    """
+    if not isinstance(trainer, GRPOTrainer):
+        raise TypeError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}")
+    if isinstance(trainer, ShearMixin):
+        raise TypeError("trainer must not have SHEAR already")
+    plain = type(trainer)
+    trainer.__class__ = type(f"Shear{plain.__name__}", (ShearMixin, plain), {})
+    try:
+        trainer._start_shear(shear_config)
+    except ValueError:
+        trainer.__class__ = plain
+        raise
+    return trainer
+
+
+def _refuse(trainer: Any) -> None:
+    version = tuple(int(part) for part in trl.__version__.split(".")[:2])
+    if version < OLDEST_TRL:
+        raise ValueError(
+            f"trl must be 0.29 or later, got {trl.__version__}: earlier losses take one advantage "
+            "per rollout"
+        )
+    if trainer.importance_sampling_level != "token":
+        raise ValueError(
+            "importance_sampling_level must be 'token', got "
+            f"{trainer.importance_sampling_level!r}: with one ratio per rollout, token weights "
+            "reduce to their mean"
+        )
+    if trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"):
+        raise ValueError(
+            "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
+            "rollout (newer versions of trl leave the loss alone)"
+        )
+
+
+def _correctness(wanted: str | int | None, names: list[str]) -> int:
+    listed = ", ".join(names)
+    if wanted is None:
+        if len(names) > 1:
+            raise ValueError(
+                f"reward_funcs has {len(names)} functions ({listed}): say which one tells whether "
+                f"a rollout is correct, for example ShearConfig(correctness={names[0]!r}). The "
+                "sign of a mixed advantage does not: all wrong groups have positive ones, too"
+            )
+        return 0
+    if isinstance(wanted, int) and 0 <= wanted < len(names):
+        return wanted
+    if names.count(wanted) != 1:  # type: ignore[arg-type]
+        raise ValueError(
+            f"correctness must be the name or the position of one of the reward functions "
+            f"({listed}), got {wanted!r}"
+        )
+    return names.index(wanted)  # type: ignore[arg-type]
+
+
+def _mode(wanted: str, args: Any) -> str:
+    whole = args.steps_per_generation == 1 and args.num_iterations == 1
+    if wanted == "loss" and not whole:
+        raise ValueError(
+            "mode must be 'score' or 'auto' where generation batches are split or used again "
+            f"(steps_per_generation = {args.steps_per_generation}, num_iterations = "
+            f"{args.num_iterations}), got 'loss': it needs whole groups in one micro-batch"
+        )
+    return wanted if wanted != "auto" else "loss" if whole else "score"

@@ -1,0 +1,361 @@
+"""SHEAR in trl's real GRPOTrainer, on tiny models: bit for bit where nothing should change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ranks
+import tiny
+from shear_ops import SpanConfig, Weighting, span_weights
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+from shear_ops.integrations import trl as integration  # noqa: E402
+from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, attach  # noqa: E402
+
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
+SPANS = SpanConfig(span=4, stride=2)
+
+
+@pytest.fixture(autouse=True)
+def work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights 1, whatever the states."""
+    real = integration.distributed.span_weights
+
+    def span_weights(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        return found._replace(weights=torch.ones_like(found.weights))
+
+    monkeypatch.setattr(integration.distributed, "span_weights", span_weights)
+
+
+def build(
+    cls: Any,
+    mode: str = "auto",
+    *,
+    model: Any = None,
+    rewards: Any = None,
+    shear: Any = None,
+    peft: Any = None,
+    **config: Any,
+) -> Any:
+    arguments = {
+        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12, "max_steps": 2,
+        "learning_rate": 1e-2, "logging_steps": 1, "gradient_accumulation_steps": 1, "seed": 1,
+        "bf16": False, **config,
+    }  # fmt: skip
+    args = GRPOConfig(
+        "out",
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    keywords: dict[str, Any] = {"peft_config": peft} if peft is not None else {}
+    if cls is not GRPOTrainer:
+        keywords["shear_config"] = shear or ShearConfig(mode=mode, spans=SPANS)
+    return cls(
+        model=tiny.model() if model is None else model,
+        processing_class=tiny.tokenizer(),
+        reward_funcs=tiny.correct if rewards is None else rewards,
+        args=args, train_dataset=tiny.prompts(), **keywords,
+    )  # fmt: skip
+
+
+def train(trainer: Any) -> Tensor:
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_weights_of_one_change_nothing(loss_type: str, ones: None) -> None:
+    wanted = train(build(GRPOTrainer, loss_type=loss_type))
+    for mode in ("score", "loss"):
+        assert torch.equal(train(build(ShearGRPOTrainer, mode, loss_type=loss_type)), wanted)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_score_mode_equals_loss_mode(loss_type: str) -> None:
+    by_score = build(ShearGRPOTrainer, "score", loss_type=loss_type)
+    wanted = train(by_score)
+    by_loss = build(ShearGRPOTrainer, "loss", loss_type=loss_type)
+    assert torch.equal(train(by_loss), wanted)
+    assert max(logged(by_loss, "shear/weight_max")) > 1  # not vacuous
+    for name in ("weight_mean", "weight_p95", "weight_max", "mixed_groups"):
+        one, other = (logged(trainer, f"shear/{name}") for trainer in (by_score, by_loss))
+        assert one == pytest.approx(other, rel=1e-6)  # the order of the mean differs
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Arguments and result of every computation of weights."""
+    seen: list[dict[str, Any]] = []
+    real = integration.distributed.span_weights
+
+    def span_weights(hidden: Tensor, **kwargs: Any) -> Any:
+        found = real(hidden, **kwargs)
+        seen.append({"hidden": hidden, **kwargs, "weights": found.weights})
+        return found
+
+    monkeypatch.setattr(integration.distributed, "span_weights", span_weights)
+    return seen
+
+
+def lora(**config: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+        **config,
+    )
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+@pytest.mark.parametrize("config", [{}, {"num_iterations": 2}])
+def test_lora_takes_the_states_of_the_policy(
+    kind: str, config: dict[str, Any], calls: list[dict[str, Any]]
+) -> None:
+    """The reference runs through the same module with the adapters off."""
+    hidden = []
+    for beta in (0.0, 0.1):
+        calls.clear()
+        trainer = build(
+            ShearGRPOTrainer, "score", model=tiny.model(kind), peft=lora(), beta=beta, **config
+        )
+        train(trainer)
+        hidden.append(calls[0]["hidden"])
+        capture = trainer._shear_capture
+    assert torch.equal(*hidden)
+    ids = torch.arange(3, 12)[None]
+    mask = torch.ones_like(ids)
+    with torch.no_grad(), capture.recording(mask) as policy:
+        trainer.model(ids)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        reference = trainer.model(ids, output_hidden_states=True).hidden_states[-1][0]
+    assert not torch.allclose(policy.hidden, reference, atol=1e-2)  # not vacuous
+
+
+def test_reference_model(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path / "tiny")
+    hidden = []
+    for beta in (0.0, 0.1):
+        calls.clear()
+        path = str(tmp_path / "tiny")
+        train(build(ShearGRPOTrainer, "score", model=path, beta=beta, num_iterations=2))
+        hidden.append(calls[0]["hidden"])
+    assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize(
+    ("mode", "config", "extra"),
+    [("score", {}, 2), ("score", {"num_iterations": 2}, 0), ("loss", {}, 0),
+     ("auto", {}, 0), ("auto", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 2)],
+)  # fmt: skip
+def test_extra_forwards(
+    mode: str, config: dict[str, Any], extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(ShearGRPOTrainer, mode, **config)
+    made = []
+    real = trainer._forward_for_shear
+    trainer._forward_for_shear = lambda *args: (made.append(1), real(*args))
+    train(trainer)
+    assert len(made) == extra
+    assert max(logged(trainer, "shear/weight_max")) > 1
+
+
+def test_weights_are_those_of_span_weights(calls: list[dict[str, Any]]) -> None:
+    train(build(ShearGRPOTrainer, shear=ShearConfig(spans=SPANS)))
+    for call in calls:
+        wanted = span_weights(
+            call["hidden"], cu_seqlens=call["cu_seqlens"], group_ids=call["group_ids"],
+            labels=call["labels"], config=SPANS,
+        )  # fmt: skip
+        assert torch.equal(call["weights"], wanted)
+
+
+def test_labels_come_from_the_named_function(calls: list[dict[str, Any]]) -> None:
+    seen: list[float] = []
+
+    def correct(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+        rewards = tiny.correct(completions, answer)
+        seen.extend(rewards)
+        return [None if i % 8 == 3 else reward for i, reward in enumerate(rewards)]
+
+    for correctness in ("correct", 1):
+        calls.clear()
+        seen.clear()
+        shear = ShearConfig(correctness=correctness, mode="score", spans=SPANS)
+        trainer = build(ShearGRPOTrainer, rewards=[tiny.short, correct], shear=shear)
+        assert bool(train(trainer).isfinite().all())
+        labels = torch.cat([call["labels"] for call in calls]).tolist()
+        assert labels == [-1 if i % 8 == 3 else int(reward) for i, reward in enumerate(seen)]
+
+
+def test_all_correct_is_plain_grpo() -> None:
+    """Also where other rewards give advantages."""
+    rewards = [lambda completions, **_: [1.0] * len(completions), tiny.short]
+    wanted = train(build(GRPOTrainer, rewards=rewards))
+    trainer = build(ShearGRPOTrainer, rewards=rewards, shear=ShearConfig(correctness=0))
+    assert torch.equal(train(trainer), wanted)
+    assert not torch.equal(wanted, torch.cat([p.flatten() for p in tiny.model().parameters()]))
+    assert logged(trainer, "shear/mixed_groups") == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"mask_truncated_completions": True}, {"bf16": True}, {"scale_rewards": "batch"}, {"delta": 1.5},
+     {"off_policy_mask_threshold": 0.5}, {"top_entropy_quantile": 0.5}, {"gradient_checkpointing": False},
+     {"per_device_train_batch_size": 4, "steps_per_generation": 2}],
+    ids=str,
+)  # fmt: skip
+def test_options_of_trl(config: dict[str, Any], calls: list[dict[str, Any]]) -> None:
+    trainer = build(ShearGRPOTrainer, **config)
+    before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    after = train(trainer)
+    assert bool(after.isfinite().all())
+    assert not torch.equal(before, after)
+    if "mask_truncated_completions" in config:  # trl masks the whole rollout
+        assert any(bool((call["cu_seqlens"].diff() == 0).any()) for call in calls)
+    else:
+        assert any(bool((call["weights"] != 1).any()) for call in calls)
+
+
+def test_evaluation() -> None:
+    trainer = build(ShearGRPOTrainer, per_device_eval_batch_size=4)
+    trainer.eval_dataset = tiny.prompts(2)
+    metrics = trainer.evaluate()
+    assert metrics["eval_shear/weight_max"] > 0
+    assert torch.isfinite(torch.tensor(metrics["eval_loss"]))
+
+
+def test_attach_equals_subclass() -> None:
+    wanted = train(build(ShearGRPOTrainer))
+    trainer = attach(build(GRPOTrainer), ShearConfig(spans=SPANS))
+    assert type(trainer).__name__ == "ShearGRPOTrainer"
+    assert torch.equal(train(trainer), wanted)
+
+
+def test_weighting_takes_the_optimizer_step() -> None:
+    shear = ShearConfig(spans=SPANS, weighting=Weighting(mean_one=True, warmup_steps=2))
+    trainer = build(ShearGRPOTrainer, shear=shear, max_steps=4)
+    train(trainer)
+    highest = logged(trainer, "shear/weight_max")
+    assert highest[0] == 1
+    assert max(highest[1:]) > 1
+
+
+def test_refuses() -> None:
+    for config, shear, message in (
+        (
+            {"importance_sampling_level": "sequence"},
+            {},
+            "importance_sampling_level must be 'token'",
+        ),
+        ({"steps_per_generation": 2}, {"mode": "loss"}, "mode must be 'score' or 'auto'"),
+        ({"num_iterations": 2}, {"mode": "loss"}, "mode must be 'score' or 'auto'"),
+        ({}, {"correctness": "right"}, r"one of the reward functions \(correct\), got 'right'"),
+        ({}, {"correctness": 1}, r"one of the reward functions \(correct\), got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(ShearGRPOTrainer, shear=ShearConfig(**shear), **config)
+        plain = build(GRPOTrainer, **config)
+        with pytest.raises(ValueError, match=message):
+            attach(plain, ShearConfig(**shear))
+        assert type(plain) is GRPOTrainer
+    with pytest.raises(ValueError, match=r"2 functions \(correct, short\): say which"):
+        build(ShearGRPOTrainer, rewards=[tiny.correct, tiny.short])
+    with pytest.raises(ValueError, match="mode must be one of auto, loss, score, got 'fast'"):
+        ShearConfig(mode="fast")
+    with pytest.raises(TypeError, match=r"trainer must be a trl.GRPOTrainer, got int"):
+        attach(3)
+    with pytest.raises(TypeError, match="must not have SHEAR already"):
+        attach(build(ShearGRPOTrainer))
+
+
+def test_refuses_liger_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(GRPOTrainer)
+    trainer.args.use_liger_kernel = True
+    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", lambda self: None, raising=False)
+    with pytest.raises(ValueError, match="use_liger_kernel must be False"):
+        attach(trainer)
+
+
+def test_loss_without_a_forward_of_the_policy() -> None:
+    class Fused(GRPOTrainer):  # type: ignore[misc]
+        def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+            return sum(p.sum() for p in model.parameters()) * 0
+
+    trainer = build(GRPOTrainer)
+    trainer.__class__ = Fused
+    with pytest.raises(RuntimeError, match=r"use ShearConfig\(mode='score'\)"):
+        attach(trainer, ShearConfig(mode="loss")).train()
+
+
+def train_on_ranks(rank: int, size: int, folder: str) -> tuple[Tensor, list[Tensor], list[float]]:
+    """Twelve given rollouts in groups of 4: with two ranks, group 1 straddles them."""
+    import os
+
+    os.chdir(folder)
+    per_device = 12 // size
+    trainer = build(
+        ShearGRPOTrainer,
+        "score",
+        per_device_train_batch_size=per_device,
+        optim="sgd",
+        learning_rate=0.5,
+    )
+    steps = iter(range(100))
+
+    def generate(input_ids: Tensor, **_: Any) -> Tensor:
+        step = next(steps)
+        made = []
+        for row in range(rank * per_device, (rank + 1) * per_device):
+            generator = torch.Generator().manual_seed(100 * step + row)
+            made.append(torch.randint(3, 20, (12,), generator=generator))
+        return torch.cat([input_ids, torch.stack(made)], 1)
+
+    trainer.model.generate = generate
+    weights = []
+    real = integration.distributed.span_weights
+
+    def span_weights(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        weights.append(found.weights)
+        return found
+
+    integration.distributed.span_weights = span_weights
+    try:
+        return train(trainer), weights, logged(trainer, "shear/mixed_groups")
+    finally:
+        integration.distributed.span_weights = real
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    wanted, whole, mixed = train_on_ranks(0, 1, str(tmp_path))
+    first, second = ranks.run(2, train_on_ranks, 2, str(tmp_path))
+    assert max(mixed) > 0
+    assert first[2] == second[2] == mixed
+    assert torch.equal(first[0], second[0])
+    for step in range(2):
+        both = torch.cat([first[1][step], second[1][step]])
+        torch.testing.assert_close(both, whole[step], rtol=1e-4, atol=1e-6)
+        assert bool((both != 1).any())
+    torch.testing.assert_close(first[0], wanted, rtol=1e-4, atol=1e-6)
