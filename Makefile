@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench lint format emulated interpreted sanitized oldest-torch clean
+.PHONY: demo test bench lint format emulated interpreted sanitized oldest-torch oldest-trl verl clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
@@ -64,6 +64,23 @@ oldest-torch: $(VENV)/dependencies
 	cd build/oldest && unzip -q -o torch-2.10.0*.whl 'torch/include/*' torch/lib/libtorch.so torch/lib/libtorch_cpu.so
 	TORCH_DIR=$(CURDIR)/build/oldest/torch $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
 	  --config-settings=build-dir=build/oldest/cmake --wheel-dir build/oldest .
+
+# verl's engine, in an environment of its own (1.8 GB): its requirements exclude those of the tests.
+verl: $(VENV)/installed
+	$(PYTHON) -m venv build/verl
+	build/verl/bin/python -m pip install --quiet --requirement tests/requirements-verl.txt
+	build/verl/bin/python -m pip install --quiet --no-deps verl==0.9.1 TransferQueue==0.1.11
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/verl .
+	build/verl/bin/python -m pip install --quiet --no-deps --force-reinstall build/verl/shear_ops-*.whl
+	build/verl/bin/python -m pytest -q tests/test_verl.py
+
+# The oldest supported trl, likewise.
+oldest-trl: $(VENV)/installed
+	$(PYTHON) -m venv build/trl
+	build/trl/bin/python -m pip install --quiet torch==2.13.0 numpy trl==0.29.0 'transformers<5' peft jmespath pytest
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/trl .
+	build/trl/bin/python -m pip install --quiet --no-deps --force-reinstall build/trl/shear_ops-*.whl
+	build/trl/bin/python -m pytest -q tests/test_trl.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -28,7 +28,7 @@ def tokenizer() -> Any:
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        padding_side="left",
+        padding_side="left", model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class HiddenCapture:
         self.backbone = find_backbone(model) if backbone is None else backbone
         self._shift = ALIGNMENTS.index(align)
         self._recording: Recording | None = None
+        self._whole: list[Tensor] | None = None
         self._handle = self.backbone.register_forward_hook(self._hook)
 
     def remove(self) -> None:
@@ -88,10 +89,28 @@ class HiddenCapture:
             self._recording = None
         recording.close()
 
+    @contextmanager
+    def whole(self) -> Iterator[list[Tensor]]:
+        """Collect the outputs (B, S, d) of the forwards inside the block, detached, unselected.
+
+        For layouts that are known only after the forward; the caller empties the list as it goes.
+        """
+        collected: list[Tensor] = []
+        self._whole = collected
+        try:
+            yield collected
+        finally:
+            self._whole = None
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._recording is not None and not self.reference_pass:
-            self._recording.add(_last_hidden_state(output))
+        if (self._recording is None and self._whole is None) or self.reference_pass:
+            return
+        hidden = _last_hidden_state(output)
+        if self._recording is not None:
+            self._recording.add(hidden)
+        if self._whole is not None:
+            self._whole.append(hidden.detach())
 
 
 class Recording:

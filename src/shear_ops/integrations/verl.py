@@ -1,0 +1,220 @@
+"""SHEAR in verl 0.9.1 (V1 trainer, FSDP engine): a plugin that one configuration line turns on.
+
+verl loads it in every process through the entry point group ``verl.plugins``. It does nothing until
+the configuration has a ``shear`` section:
+
+    python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo +shear.threshold=0.5 ...
+
+    +shear.threshold    a rollout is correct if the sum of its rm_scores is at least this
+    +shear.align        as in HiddenCapture
+    +shear.spans.*      fields of SpanConfig
+    +shear.weighting.*  fields of Weighting
+
+The pass for the old log-probabilities, which verl makes anyway, also gives the hidden states; they
+are regrouped over the data-parallel group, and a field ``shear_weights`` per token goes back with
+the log-probabilities. The driver multiplies the advantages with it.
+
+Steps log ``shear/weight_mean`` and ``shear/weight_max``. If they do not, the plugin did not load: verl
+hides why, but VERL_USE_EXTERNAL_MODULES=shear_ops.integrations.verl shows it.
+
+Tested: the engine on CPU, in all layouts (padding removed or not, dynamic batches or not). Run with
+stubs: the driver's part. From source only: Ray workers, Ulysses, a GPU. Not supported: Megatron
+and other engines, the V0 trainer, ``rollout_correction.bypass_mode`` (there is no such pass).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.ppo.v1 import trainer_base
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from ..api import labels_from_rewards
+from ..bank import HiddenBank
+from ..capture import HiddenCapture
+from ..config import SpanConfig
+from ..distributed import mixed_groups
+from ..groups import group_ids_from_uids
+from ..weighting import Weighting
+
+FLAG = "shear"  # with the data of a pass: settings as JSON
+FIELD = "shear_weights"
+
+
+class _Pass:
+    """State of one pass for log-probabilities."""
+
+    def __init__(self, settings: dict[str, Any], data: Any, engine: Any) -> None:
+        self.group = engine.get_data_parallel_group()
+        rank = torch.distributed.get_rank(self.group) if torch.distributed.is_initialized() else 0
+        scores = torch.stack([score.sum() for score in data["rm_scores"].unbind()])
+        self.labels = labels_from_rewards(scores, settings["threshold"]).tolist()
+        self.groups = group_ids_from_uids([str(uid) for uid in tu.get(data, "uid")]).tolist()
+        self.samples = [(rank << 32) + place for place in range(len(self.labels))]
+        self.shift = settings["align"] == "predictor"
+        mixed = mixed_groups(self.groups, self.labels, process_group=self.group)
+        self.bank = HiddenBank(mixed_groups=mixed)
+        self.options = {
+            "config": SpanConfig(**settings["spans"]),
+            "weighting": Weighting(**settings["weighting"]),
+            "step": settings["step"],
+        }
+
+    def add(self, hidden: Tensor, micro_batch: Any) -> None:
+        """Bank the states (nnz, d) of a micro-batch's valid response tokens."""
+        ends = micro_batch["input_ids"].offsets()[1:].tolist()
+        masks = [mask.bool() for mask in micro_batch["response_mask"].unbind()]
+        keep = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for end, mask in zip(ends, masks, strict=True):
+            keep[end - len(mask) - self.shift : end - self.shift] = mask.to(hidden.device)
+        places = micro_batch["shear_place"].tolist()
+        self.bank.add(
+            hidden[keep],
+            cu_seqlens=torch.tensor([0, *(int(mask.sum()) for mask in masks)]).cumsum(0),
+            sample_ids=[self.samples[place] for place in places],
+            group_ids=[self.groups[place] for place in places],
+            labels=[self.labels[place] for place in places],
+        )
+
+    def weights(self, data: Any) -> Tensor:
+        """Weights of all response tokens, jagged like the responses."""
+        found = self.bank.finalize(self.group, **self.options).weights
+        rows = []
+        for sample, mask in zip(self.samples, data["response_mask"].unbind(), strict=True):
+            row = torch.ones(len(mask), device=found[sample].device)
+            row[mask.bool().to(row.device)] = found[sample]
+            rows.append(row)
+        lengths = [len(row) for row in rows]
+        return torch.nested.nested_tensor_from_jagged(  # type: ignore[no-any-return]
+            torch.cat(rows),
+            torch.tensor([0, *lengths], device=rows[0].device).cumsum(0),
+            # without these, later padding is to the total number of tokens
+            min_seqlen=min(lengths),
+            max_seqlen=max(lengths),
+        )
+
+
+# the key with a vendor outranks the stock entry ("fsdp", "cuda")
+@EngineRegistry.register(  # type: ignore[untyped-decorator]
+    model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia"
+)
+class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
+    """FSDPEngineWithLMHead whose passes for log-probabilities also give token weights."""
+
+    _shear_capture: HiddenCapture | None = None
+    _shear_pass: _Pass | None = None
+    _shear_states: list[Tensor]
+
+    def infer_batch(self, data: Any, loss_function: Any = None) -> Any:
+        """As FSDPEngineWithLMHead, with shear_weights where the data asks for them."""
+        settings = tu.get_non_tensor_data(data, key=FLAG, default=None)
+        if settings is None or loss_function is not None:
+            return super().infer_batch(data, loss_function)
+        settings = json.loads(settings)
+        if self._shear_capture is None:
+            self._shear_capture = HiddenCapture(self.module)
+        self._shear_pass = _Pass(settings, data, self)
+        data["shear_place"] = torch.arange(len(self._shear_pass.labels))
+        try:
+            with self._shear_capture.whole() as self._shear_states:
+                output = super().infer_batch(data, loss_function)
+            output["model_output"][FIELD] = self._shear_pass.weights(data)
+        finally:
+            self._shear_pass = None
+            del data["shear_place"]
+        return output
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any
+    ) -> Any:
+        """As FSDPEngineWithLMHead; banks the hidden states of the micro-batch."""
+        if self._shear_pass is not None:
+            (hidden,) = self._shear_states
+            self._shear_states.clear()
+            if tu.get_non_tensor_data(micro_batch, key="use_remove_padding", default=True):
+                hidden = self._gather_and_unpad_packed(hidden.squeeze(0), output_args["pad_size"])
+            else:
+                lengths = micro_batch["input_ids"].offsets().diff().tolist()
+                hidden = torch.cat([row[:n] for row, n in zip(hidden, lengths, strict=True)])
+            self._shear_pass.add(hidden, micro_batch)
+        return super().prepare_model_outputs(
+            output, output_args, micro_batch, logits_processor_func
+        )
+
+
+def settings_of(config: Any, step: int) -> str | None:
+    """What the driver sends with the pass for old log-probabilities; None without a section.
+
+    Raises:
+        TypeError, ValueError: for settings that are wrong, or that SHEAR cannot work with.
+    """
+    section = config.get("shear", None)
+    if section is None:
+        return None
+    known = {"threshold": 0.5, "align": "token", "spans": {}, "weighting": {}}
+    given = json.loads(json.dumps(section, default=dict))
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"shear.* must be among {', '.join(known)}, got {', '.join(unknown)}")
+    if config.algorithm.adv_estimator != "grpo":
+        raise ValueError(
+            f"algorithm.adv_estimator must be grpo with shear.*, got {config.algorithm.adv_estimator}"
+        )
+    correction = config.algorithm.get("rollout_correction", None)
+    if correction and correction.get("bypass_mode", False):
+        raise ValueError(
+            "algorithm.rollout_correction.bypass_mode must be False with shear.*, got True: it "
+            "skips the pass for old log-probabilities, which gives the hidden states"
+        )
+    settings = known | given
+    SpanConfig(**settings["spans"])
+    Weighting(**settings["weighting"])
+    if settings["align"] not in ("token", "predictor"):
+        raise ValueError(f"shear.align must be token or predictor, got {settings['align']!r}")
+    return json.dumps({**settings, "step": step})
+
+
+def _install(trainer: Any) -> None:
+    """Wrap the two methods of verl's V1 trainer that know the pass and the advantages."""
+    old_log_prob, advantage = trainer._compute_old_log_prob, trainer._compute_advantage
+
+    @wraps(old_log_prob)
+    def compute_old_log_prob(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        settings = settings_of(self.config, self.global_steps)
+        if settings is None:
+            return old_log_prob(self, batch, metrics)
+        batch.extra_info[FLAG] = settings
+        try:
+            result = old_log_prob(self, batch, metrics)
+        finally:
+            batch.extra_info.pop(FLAG, None)
+        result.extra_info.pop(FLAG, None)  # the reference's pass must not ask for weights
+        return result
+
+    @wraps(advantage)
+    def compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch = advantage(self, batch, metrics)
+        if settings_of(self.config, self.global_steps) is None:
+            return batch
+        where = {"keys": batch.keys, "partition_id": batch.partition_id}
+        data = trainer_base.tq.kv_batch_get(**where, select_fields=["advantages", FIELD])
+        advantages, weights = data["advantages"], data.pop(FIELD)
+        weights = weights.to(advantages.device)
+        for name, value in (("mean", weights.values().mean()), ("max", weights.values().max())):
+            metrics[f"shear/weight_{name}"] = value.item()
+        rows = zip(advantages.unbind(), weights.unbind(), strict=True)
+        data["advantages"] = torch.nested.as_nested_tensor(
+            [row * factors for row, factors in rows], layout=torch.jagged
+        )
+        return trainer_base.tq.kv_batch_put(**where, fields=data)
+
+    trainer._compute_old_log_prob = compute_old_log_prob
+    trainer._compute_advantage = compute_advantage
+
+
+_install(trainer_base.PPOTrainer)
