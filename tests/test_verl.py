@@ -134,7 +134,7 @@ def test_weights_in_every_layout(
     assert torch.equal(output["log_probs"].values(), plain["log_probs"].values())
     found = output["shear_weights"].unbind()
     for row, expected in zip(found, wanted(engine, batch, align), strict=True):
-        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(row, expected, rtol=2e-3, atol=1e-6)
     assert bool((output["shear_weights"].values() != 1).any())
     padded = torch.nested.to_padded_tensor(output["shear_weights"], 1.0)
     assert padded.shape == (SIZE, max(len(row) for row in found))

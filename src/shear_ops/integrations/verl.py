@@ -14,8 +14,8 @@ The pass for the old log-probabilities, which verl makes anyway, also gives the 
 are regrouped over the data-parallel group, and a field ``shear_weights`` per token goes back with
 the log-probabilities. The driver multiplies the advantages with it.
 
-Steps log ``shear/weight_mean`` and ``shear/weight_max``. If they do not, the plugin did not load: verl
-hides why, but VERL_USE_EXTERNAL_MODULES=shear_ops.integrations.verl shows it.
+Steps log ``shear/weight_mean`` and ``shear/weight_max``. If they do not, the plugin did not load:
+verl hides why, but VERL_USE_EXTERNAL_MODULES=shear_ops.integrations.verl shows it.
 
 Tested: the engine on CPU, in all layouts (padding removed or not, dynamic batches or not). Run with
 stubs: the driver's part. From source only: Ray workers, Ulysses, a GPU. Not supported: Megatron
@@ -91,7 +91,7 @@ class _Pass:
             row[mask.bool().to(row.device)] = found[sample]
             rows.append(row)
         lengths = [len(row) for row in rows]
-        return torch.nested.nested_tensor_from_jagged(  # type: ignore[no-any-return]
+        return torch.nested.nested_tensor_from_jagged(
             torch.cat(rows),
             torch.tensor([0, *lengths], device=rows[0].device).cumsum(0),
             # without these, later padding is to the total number of tokens
@@ -101,7 +101,7 @@ class _Pass:
 
 
 # the key with a vendor outranks the stock entry ("fsdp", "cuda")
-@EngineRegistry.register(  # type: ignore[untyped-decorator]
+@EngineRegistry.register(
     model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia"
 )
 class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
@@ -161,10 +161,8 @@ def settings_of(config: Any, step: int) -> str | None:
     given = json.loads(json.dumps(section, default=dict))
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"shear.* must be among {', '.join(known)}, got {', '.join(unknown)}")
-    if config.algorithm.adv_estimator != "grpo":
-        raise ValueError(
-            f"algorithm.adv_estimator must be grpo with shear.*, got {config.algorithm.adv_estimator}"
-        )
+    if (estimator := config.algorithm.adv_estimator) != "grpo":
+        raise ValueError(f"algorithm.adv_estimator must be grpo with shear.*, got {estimator}")
     correction = config.algorithm.get("rollout_correction", None)
     if correction and correction.get("bypass_mode", False):
         raise ValueError(
