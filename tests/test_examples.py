@@ -1,4 +1,4 @@
-"""The arithmetic example runs from training to the recorded file (a few steps of it)."""
+"""The examples run, a few steps of each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from shear_ops.rollouts import load_rollouts
 
-RECORD = Path(__file__).parents[1] / "examples" / "arithmetic" / "record.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECORD = EXAMPLES / "arithmetic" / "record.py"
+
+
+def run(script: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(EXAMPLES / script), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_grpo_loop() -> None:
+    lines = run("grpo_loop.py", "--steps", "2", "--prompts", "4").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 0", "step 1"]
+    assert "of 4 groups mixed, 0 bytes sent" in lines[0]
+
+
+def test_trl_script(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    printed = run("trl_grpo.py", "--tiny", "--steps", "1", "--out", str(tmp_path / "out"))
+    assert "shear/mixed_groups" in printed
 
 
 def test_arithmetic_rollouts_can_be_recorded(tmp_path: Path) -> None:

@@ -332,9 +332,12 @@ def train_on_ranks(
 
     os.chdir(folder)
     per_device = 12 // size
+    exact = SpanConfig(
+        span=4, stride=2, tol=1e-6, n_iters=2000
+    )  # last bits do not change iterations
     trainer = build(
         cls,
-        "score",
+        shear=ShearConfig(mode="score", spans=exact),
         per_device_train_batch_size=per_device,
         optim="sgd",
         learning_rate=0.5,
@@ -373,7 +376,6 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     assert torch.equal(first[0], second[0])
     for step in range(2):
         both = torch.cat([first[1][step], second[1][step]])
-        # other shapes, other last bits of the states, other iteration counts
-        torch.testing.assert_close(both, whole[step], rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(both, whole[step], rtol=1e-4, atol=1e-6)
         assert bool((both != 1).any())
     torch.testing.assert_close(first[0], wanted, rtol=1e-3, atol=1e-5)
