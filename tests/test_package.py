@@ -98,3 +98,9 @@ def test_every_instruction_set_computes_the_same(isa: str, tmp_path: Path) -> No
 
 def test_unknown_instruction_set(tmp_path: Path) -> None:
     assert "SHEAR_ISA must be one of" in run_with("sse9", tmp_path / "out.pt").stderr
+
+
+def test_import_brings_no_trainer() -> None:
+    code = "import shear_ops, sys; print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"trl", "transformers", "peft", "verl", "accelerate"} & set(done.stdout.split())
