@@ -42,8 +42,8 @@ struct Plan {
 
 // Of one chunk: small enough that its pages are soon used again, large enough for many threads.
 constexpr int64_t kChunkBytes = int64_t{256} << 20;
-constexpr int64_t kCostPad = 16;                     // floats: rows of costs start on a cache line
-constexpr int64_t kRowPad = 8;                       // rows of a pair are solved in groups
+constexpr int64_t kCostPad = 16;  // floats: rows of costs start on a cache line
+constexpr int64_t kRowPad = 8;    // rows of a pair are solved in groups
 constexpr int64_t kBytesPerPair =
     20;  // value, residual, iterations, place in the queue and among the best
 
