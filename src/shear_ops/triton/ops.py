@@ -121,9 +121,7 @@ def sinkhorn(
             bounds.means(one, tables.spans, chunk, room, pairs.value, None, columns=columns,
                          what=bounds.BOUND, longest=longest)  # fmt: skip
         counts = torch.zeros(4, dtype=torch.int64, device=device)
-        best = torch.zeros(
-            2 * batch, dtype=torch.int32, device=device
-        )  # not used
+        best = torch.zeros(2 * batch, dtype=torch.int32, device=device)  # not used
         solver.solve(tables, chunk, one, costs, pairs, best, counts, reg=reg, unit_is_norm=False,
                      n_iters=n_iters, tol=tol, prune=False)  # fmt: skip
         if int(flag):
