@@ -131,7 +131,7 @@ class Pair {
       }
       const bool finish = last || (residual <= in_.tol && it >= finish_from);
       if (!finish && it < dual_at) continue;
-      dual_at *= 2;
+      if (it >= dual_at) dual_at *= 2;
       bound = max_of(bound, dual_value());
       if (beaten(bound)) return {bound, 0.f, static_cast<int32_t>(it), true};
       if (!finish) continue;

@@ -200,7 +200,7 @@ def solve_large(
             sum_g = hard_columns(cost, ld, n, m, scale, f_at, g_at, True)
         finish = last | ((residual <= tol) & (it >= finish_from))
         if finish | (it >= dual_at):
-            dual_at *= 2
+            dual_at = tl.where(it >= dual_at, 2 * dual_at, dual_at)
             sum_f = error * 0.0
             i0 = n * 0
             while i0 < n:

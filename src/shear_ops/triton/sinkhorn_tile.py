@@ -134,7 +134,7 @@ def solve_tile(
                 k = exp2((f[:, None, None] - c) + g[None, :, :], APPROXIMATE)
             finish = last | ((residual <= tol) & (it >= finish_from))
             if finish | (it >= dual_at):
-                dual_at *= 2
+                dual_at = tl.where(it >= dual_at, 2 * dual_at, dual_at)
                 # f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i)
                 # are feasible at any iteration: their mean is a certified lower bound on W1
                 potential = f + log_u
