@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
 .PHONY: demo test bench lint format emulated interpreted sanitized oldest-torch oldest-trl verl clean
@@ -21,12 +22,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CPP)
 
 # torch first and pinned: the build looks for it in the environment, and a plain `torch` may be a multi-gigabyte CUDA build
 $(VENV)/dependencies: requirements-dev.txt
@@ -41,7 +42,7 @@ $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 # Tests the AVX-512 and AMX kernels on a machine without them: 16-wide code in AVX2, their own instructions in plain C++.
 emulated: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target build/emulated \
-	  --config-settings=build-dir=build/emulated-cmake --config-settings=cmake.define.SHEAR_EMULATED=ON .
+	  --config-settings=build-dir=build/emulated-cmake --config-settings=cmake.define.SHEAR_EMULATED=ON --config-settings=cmake.define.SHEAR_CUDA=OFF .
 	PYTHONPATH=build/emulated SHEAR_ISA=avx512 $(BIN)/python -m pytest -q tests/test_backends.py
 	PYTHONPATH=build/emulated SHEAR_ISA=avx512_bf16 $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
 	PYTHONPATH=build/emulated SHEAR_ISA=amx $(BIN)/python -m pytest -q tests/test_backends.py -k bfloat16
@@ -53,7 +54,7 @@ interpreted: $(VENV)/installed
 # The problem table under AddressSanitizer and UndefinedBehaviorSanitizer: a kernel that reads or writes beyond its memory.
 sanitized: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized \
-	  --config-settings=build-dir=build/sanitized-cmake \
+	  --config-settings=build-dir=build/sanitized-cmake --config-settings=cmake.define.SHEAR_CUDA=OFF \
 	  "--config-settings=cmake.define.CMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all" .
 	PYTHONPATH=build/sanitized LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest -q -s tests/test_backends.py -k against_float64

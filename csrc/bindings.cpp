@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "device_plan.h"
 #include "plan.h"
 #include "problem.h"
 
@@ -25,6 +26,13 @@ py::dict build_info() {
   info["torch_headers"] = SHEAR_TORCH_HEADERS;
   info["torch_abi"] = SHEAR_TORCH_ABI;
   info["instruction_sets"] = sets;
+#ifdef SHEAR_CUDA_TOOLKIT
+  info["cuda_toolkit"] = SHEAR_CUDA_TOOLKIT;
+  info["cuda_architectures"] = SHEAR_CUDA_ARCHITECTURES;
+#else
+  info["cuda_toolkit"] = py::none();
+  info["cuda_architectures"] = py::none();
+#endif
   return info;
 }
 
@@ -108,6 +116,37 @@ py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int
   return out;
 }
 
+py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
+                     const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
+                     int64_t distance, int64_t tokens, int64_t processors, int64_t shared_bytes) {
+  const shear::Config config = shear::make_config(span, stride, 1., 1, 0., 0, distance, 0, 0, 0,
+                                                  /*check_finite=*/true, /*prune=*/true);
+  const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
+  const shear::DevicePlan plan =
+      shear::make_device_plan(problem, config, dim, {processors, shared_bytes});
+  py::list chunks;
+  for (const shear::DeviceChunk& chunk : plan.chunks) {
+    py::dict entry;
+    entry["blocks"] = chunk.blocks;
+    entry["cost_tiles"] = chunk.cost_tiles;
+    entry["strips"] = chunk.strips;
+    entry["bound_rows"] = chunk.bound_rows;
+    entry["pairs"] = chunk.pairs;
+    chunks.append(entry);
+  }
+  py::dict out;
+  out["chunks"] = chunks;
+  out["large_tiles"] = plan.large_tiles;
+  out["solver"] = static_cast<int>(plan.solver.solver);
+  out["solver_grid"] = plan.solver.grid;
+  out["solver_threads"] = plan.solver.threads;
+  out["solver_shared_bytes"] = plan.solver.shared_bytes;
+  out["scratch_bytes"] = 4 * plan.solver.grid * plan.solver.scratch_floats;
+  out["table_bytes"] = plan.workspace.tables;
+  out["workspace_bytes"] = plan.workspace.bytes;
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -122,4 +161,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("make_plan", &make_plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
         py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
         py::arg("tokens"), py::arg("bytes_per_pair"));
+  m.def("device_plan", &device_plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
+        py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
+        py::arg("tokens"), py::arg("processors"), py::arg("shared_bytes"));
 }

@@ -40,8 +40,11 @@ struct Plan {
   int64_t workspace_bytes = 0;  // peak, beyond the tensors the call returns
 };
 
+#ifndef SHEAR_CHUNK_BYTES  // tests set fewer
+#define SHEAR_CHUNK_BYTES (int64_t{256} << 20)
+#endif
 // Of one chunk: small enough that its pages are soon used again, large enough for many threads.
-constexpr int64_t kChunkBytes = int64_t{256} << 20;
+constexpr int64_t kChunkBytes = SHEAR_CHUNK_BYTES;
 constexpr int64_t kCostPad = 16;  // floats: rows of costs start on a cache line
 constexpr int64_t kRowPad = 8;    // rows of a pair are solved in groups
 constexpr int64_t kBytesPerPair =

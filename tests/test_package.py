@@ -17,6 +17,8 @@ from rollouts_for_tests import CONFIG, arguments
 from shear_ops import _C, SpanConfig
 
 MODULE = Path(_C.__file__ or "")
+CUDA_MODULE = MODULE.with_name("shear_cuda.so")
+MODULES = [MODULE, *([CUDA_MODULE] if CUDA_MODULE.exists() else [])]
 
 
 def tool(*command: str) -> str:
@@ -25,14 +27,18 @@ def tool(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_only_stable_abi_symbols() -> None:
-    undefined = tool("nm", "-D", "--undefined-only", str(MODULE))
-    assert "torch_parallel_for" in undefined
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.name.split(".")[0])
+def test_only_stable_abi_symbols(module: Path) -> None:
+    undefined = tool("nm", "-D", "--undefined-only", str(module))
+    assert (
+        "torch_parallel_for" if module == MODULE else "torch_get_current_cuda_stream"
+    ) in undefined
     assert not re.findall(r"_ZN(?:K)?(?:2at|3c10|5torch)\S*", undefined)
 
 
-def test_links_torch_and_the_system_only() -> None:
-    dynamic = tool("readelf", "-d", str(MODULE))
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.name.split(".")[0])
+def test_links_torch_and_the_system_only(module: Path) -> None:
+    dynamic = tool("readelf", "-d", str(module))
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     assert "libtorch.so" in needed  # brings libtorch_cuda into scope on a CUDA build
     system = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6",
@@ -42,8 +48,10 @@ def test_links_torch_and_the_system_only() -> None:
     assert "RPATH" not in dynamic
 
 
-def test_no_build_path_in_the_binary() -> None:
-    content = MODULE.read_bytes()
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.name.split(".")[0])
+def test_no_build_path_in_the_binary(module: Path) -> None:
+    content = module.read_bytes()
+    assert len(content) < 20e6
     for path in (Path(__file__).parents[1], Path(torch.__file__).parent):
         assert str(path).encode() not in content
 

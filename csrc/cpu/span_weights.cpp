@@ -2,8 +2,6 @@
 // checks here keep memory safe for callers of torch.ops; the typed errors of the Python functions
 // come from src/shear_ops/checks.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
 #include <cstring>
@@ -12,6 +10,7 @@
 #include <tuple>
 
 #include "cpu/pipeline.h"
+#include "tensors.h"
 
 namespace shear::cpu {
 namespace {
@@ -19,46 +18,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::vector<int64_t> read_integers(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1, name, " must be a 1-d tensor on the CPU");
-  const Tensor values = torch::stable::contiguous(tensor);
-  const void* data = values.const_data_ptr();
-  std::vector<int64_t> out(values.numel());
-  const auto copy = [&](const auto* typed) { std::copy_n(typed, out.size(), out.begin()); };
-  switch (values.scalar_type()) {
-    case ScalarType::Long:
-      copy(static_cast<const int64_t*>(data));
-      break;
-    case ScalarType::Int:
-      copy(static_cast<const int32_t*>(data));
-      break;
-    case ScalarType::Char:
-      copy(static_cast<const int8_t*>(data));
-      break;
-    case ScalarType::Bool:
-      copy(static_cast<const uint8_t*>(data));
-      break;
-    default:
-      STD_TORCH_CHECK(false, name, " must be int64, int32, int8 or bool");
-  }
-  return out;
-}
-
 States states_of(const Tensor& hidden, const char* name) {
-  STD_TORCH_CHECK(
-      hidden.is_cpu() && hidden.dim() == 2 && hidden.size(1) >= 1 && hidden.is_contiguous(), name,
-      " must be a contiguous (tokens, dim) tensor on the CPU with dim >= 1");
-  switch (hidden.scalar_type()) {
-    case ScalarType::Float:
-      return {hidden.const_data_ptr(), Dtype::kFloat32, hidden.size(1)};
-    case ScalarType::Half:
-      return {hidden.const_data_ptr(), Dtype::kFloat16, hidden.size(1)};
-    case ScalarType::BFloat16:
-      return {hidden.const_data_ptr(), Dtype::kBFloat16, hidden.size(1)};
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
-  }
-  return {};
+  STD_TORCH_CHECK(hidden.is_cpu(), name, " must be on the CPU");
+  const Dtype dtype = dtype_of_states(hidden, name);
+  return {hidden.const_data_ptr(), dtype, hidden.size(1)};
 }
 
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
@@ -158,16 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
                   "cost must be a (B, n, m) float32 tensor on the CPU");
   const Tensor costs = torch::stable::contiguous(cost);
   const int64_t batch = costs.size(0), n = costs.size(1), m = costs.size(2);
-  const auto lengths = [batch](const std::optional<Tensor>& given, int64_t size, const char* name) {
-    const auto out = given ? read_integers(*given, name) : std::vector<int64_t>(batch, size);
-    STD_TORCH_CHECK(static_cast<int64_t>(out.size()) == batch, name,
-                    " must have one entry per problem");
-    for (const int64_t length : out)
-      STD_TORCH_CHECK(length >= 1 && length <= size, name, " must be in [1, ", size, "], got ",
-                      length);
-    return out;
-  };
-  const auto rows = lengths(n_rows, n, "n_rows"), cols = lengths(n_cols, m, "n_cols");
+  const auto rows = used_lengths(n_rows, batch, n, "n_rows");
+  const auto cols = used_lengths(n_cols, batch, m, "n_cols");
 
   Tensor value = new_tensor(costs, {batch}, ScalarType::Float);
   Tensor residual = new_tensor(costs, {batch}, ScalarType::Float);

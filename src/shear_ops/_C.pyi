@@ -40,3 +40,16 @@ def check_config(
     pooling: int,
     aggregation: int,
 ) -> None: ...
+def device_plan(
+    cu_seqlens: Sequence[int],
+    group_ids: Sequence[int],
+    labels: Sequence[int],
+    *,
+    dim: int,
+    span: int,
+    stride: int,
+    distance: int,
+    tokens: int,
+    processors: int,
+    shared_bytes: int,
+) -> dict[str, Any]: ...

@@ -9,28 +9,29 @@ from typing import Any
 
 import torch
 
+from . import cuda
+
 # Distances a backend can compute; a backend that is absent here computes all of them.
 DISTANCES = {
     "cpu": ("sinkhorn", "chamfer", "mmd", "cosine"),
+    "cuda": ("sinkhorn", "chamfer"),
     "triton": ("sinkhorn", "chamfer", "mmd", "cosine"),
 }
 GPUS = ("cuda", "xpu")  # device types of torch; AMD GPUs are "cuda" too
-
-_NOT_IN_THIS_VERSION = "not part of this version of shear_ops"
 
 
 def status() -> dict[str, str | None]:
     """Return each backend's name and None if it can be used here, else the reason why not."""
     return {
         "cpu": None,
-        "cuda": _NOT_IN_THIS_VERSION,
+        "cuda": cuda.why_not(),
         "triton": _triton(),
         "reference": None,
     }
 
 
 def on_gpu() -> str:
-    """Return the backend for tensors on a GPU: the one that torch.ops.shear has there."""
+    """Return the backend that is chosen for tensors on an NVIDIA GPU."""
     return "cuda" if status()["cuda"] is None else "triton"
 
 
@@ -60,13 +61,16 @@ def choose(backend: str | None, device: torch.device, distance: str, name: str =
             return "reference"
         if device.type == "cpu":
             return "cpu"
-        if device.type not in GPUS or available[on_gpu()] is not None:
-            reasons = "; ".join(f"{n}: {available[n]}" for n in ("cuda", "triton") if available[n])
-            raise ValueError(
-                f"{name} is on {device}, for which there is no backend here ({reasons}): move it "
-                "to the CPU, or pass backend='reference' (float64, any device, slow)"
-            )
-        return on_gpu()
+        candidates = {"cuda": ("cuda", "triton"), "xpu": ("triton",)}.get(device.type, ())
+        for candidate in candidates:
+            if available[candidate] is None and distance in DISTANCES[candidate]:
+                return candidate
+        reasons = "; ".join(f"{n}: {available[n] or 'not for ' + distance}" for n in candidates)
+        reasons = reasons or "only GPUs of NVIDIA, AMD and Intel have one"
+        raise ValueError(
+            f"{name} is on {device}, for which there is no backend here ({reasons}): move it "
+            "to the CPU, or pass backend='reference' (float64, any device, slow)"
+        )
     if backend not in available:
         raise ValueError(f"backend must be one of {', '.join(available)} or None, got {backend!r}")
     if available[backend] is not None:
@@ -85,6 +89,6 @@ def choose(backend: str | None, device: torch.device, distance: str, name: str =
 
 def operators(backend: str) -> Any:
     """Return what has the operators of a backend: torch.ops.shear, or its own module."""
-    if backend == "triton" and (interpreted() or on_gpu() != "triton"):
+    if backend == "triton" and (interpreted() or cuda.LOADED):
         return importlib.import_module(".triton.ops", __package__)
     return torch.ops.shear

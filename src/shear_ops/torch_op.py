@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, get_ctx, register_autograd, register_fake
 
-from . import _C, backends  # noqa: F401
+from . import _C, backends, cuda  # noqa: F401
 
 NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
 
@@ -80,8 +80,7 @@ def _in_triton(name: str) -> Callable[..., Any]:
     return kernel
 
 
-if backends.on_gpu() == "triton":
-    _library = Library("shear", "IMPL")  # type: ignore[no-untyped-call]
-    for _name in NAMES:
-        for _key in ("CUDA", "XPU"):
-            _library.impl(_name, _in_triton(_name), _key)  # type: ignore[no-untyped-call]
+_library = Library("shear", "IMPL")  # type: ignore[no-untyped-call]
+for _name in NAMES:
+    for _key in ("XPU",) if cuda.LOADED else ("CUDA", "XPU"):
+        _library.impl(_name, _in_triton(_name), _key)  # type: ignore[no-untyped-call]

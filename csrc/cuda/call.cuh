@@ -1,0 +1,71 @@
+// One call as the kernels see it: the tables of its plan, its one allocation, and the chunk at
+// hand.
+#pragma once
+#include "cuda/device.h"
+#include "cuda/solve.cuh"
+#include "cuda/state_words.cuh"
+#include "cuda/tiles.h"
+
+namespace shear::cuda {
+
+struct Counters {
+  unsigned long long counts[kCounts];
+  unsigned long long bad_token;  // the first that is not finite; all ones: none
+  uint32_t seeds, seeds_taken;   // queue of seeds: its length, how far it is
+  uint32_t queued, taken;        // and the main queue
+  uint32_t bucket[kBuckets], bucket_filled[kBuckets];
+};
+static_assert(sizeof(Counters) <= kCounterBytes);
+
+struct Call {
+  States states;
+  int64_t tokens, spans, pairs;  // pairs: of the whole call
+  int32_t n_rollouts, n_groups;
+  const DeviceRollout* rollouts;
+  const DeviceGroup* groups;
+  const int32_t* members;
+  int64_t span_tokens, stride, strip;
+  bool column_minima, chamfer, mean, rollout_norms, mean_pooling;
+
+  Counters* counters;
+  DeviceSpan* span_table;
+  float *norm, *sq_norm;
+  double *rollout_norm, *group_norm;
+  uint32_t* best;
+  unsigned long long* seed;  // per span: bound and index of the pair with the least bound
+  DeviceNearest* nearest;
+  float *costs, *windows, *minima;
+  float *value, *residual;
+  int32_t* iterations;
+  uint32_t* order;
+
+  const DeviceBlock* blocks;  // of the chunk
+  int32_t n_blocks;
+  int64_t chunk_pairs, bound_rows;  // bound_rows: of 32 pairs each
+};
+
+// The outputs of span_distances.
+struct SpanOutputs {
+  float* distance;
+  int64_t* nearest;
+  float* residual;
+  int32_t* iterations;
+  int64_t* spans;   // (spans, 3): rollout, begin, end
+  int64_t* counts;  // (kCounts)
+};
+
+__device__ __forceinline__ int64_t global_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+// False: all states are zero, or not finite with the check off. Such a group is not computed.
+__device__ __forceinline__ bool has_scale(const Call& call, int group) {
+  const double norm = call.group_norm[group];
+  return norm > 0 && norm < __builtin_huge_val();
+}
+
+__device__ __forceinline__ int size_of_span(const Call& call, int64_t tokens, int64_t begin) {
+  return static_cast<int>(min(call.span_tokens, tokens - begin));
+}
+
+}  // namespace shear::cuda

@@ -1,0 +1,244 @@
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/batch.cuh"
+#include "cuda/bounds.cuh"
+#include "cuda/nearest.cuh"
+#include "cuda/pipeline.h"
+#include "cuda/queue.cuh"
+#include "cuda/states.cuh"
+#include "cuda/token_weights.cuh"
+#include "stage.h"
+
+namespace shear::cuda {
+namespace {
+
+Grid threads_for(int64_t count) { return {(count + kThreads - 1) / kThreads, kThreads}; }
+Grid warps_for(int64_t count) { return threads_for(count * kWarp); }
+
+template <typename T>
+T* at(void* workspace, int64_t offset) {
+  return reinterpret_cast<T*>(static_cast<char*>(workspace) + offset);
+}
+
+bool has_vectors(const void* states, Dtype dtype, int64_t dim) {
+  const int64_t bytes = dim * (dtype == Dtype::kFloat32 ? 4 : 2);
+  return bytes % 16 == 0 && reinterpret_cast<uintptr_t>(states) % 16 == 0;
+}
+
+}  // namespace
+
+Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& config,
+                   const DevicePlan& plan, const void* states, Dtype dtype, int64_t dim,
+                   void* workspace)
+    : stream_(stream), problem_(problem), config_(config), plan_(plan), dtype_(dtype), call_{} {
+  const Workspace& w = plan.workspace;
+  Call& c = call_;
+  c.states = {states, dim, has_vectors(states, dtype, dim)};
+  c.tokens = problem.tokens;
+  c.spans = static_cast<int64_t>(problem.spans.size());
+  c.pairs = plan.plan.pairs;
+  c.n_rollouts = static_cast<int32_t>(plan.rollouts.size());
+  c.n_groups = static_cast<int32_t>(plan.groups.size());
+  c.rollouts = at<DeviceRollout>(workspace, w.rollouts);
+  c.groups = at<DeviceGroup>(workspace, w.groups);
+  c.members = at<int32_t>(workspace, w.members);
+  c.span_tokens = config.span;
+  c.stride = config.stride;
+  c.strip = plan.strip;
+  c.column_minima = plan.column_minima;
+  c.chamfer = config.distance == Distance::kChamfer;
+  c.mean = config.aggregation == Aggregation::kMean;
+  c.rollout_norms = config.normalization == Normalization::kRollout;
+  c.mean_pooling = config.pooling == Pooling::kMean;
+  c.counters = at<Counters>(workspace, w.counters);
+  c.span_table = at<DeviceSpan>(workspace, w.spans);
+  c.norm = at<float>(workspace, w.norm);
+  c.sq_norm = at<float>(workspace, w.sq_norm);
+  c.rollout_norm = at<double>(workspace, w.rollout_norm);
+  c.group_norm = at<double>(workspace, w.group_norm);
+  c.best = at<uint32_t>(workspace, w.best);
+  c.seed = at<unsigned long long>(workspace, w.seed);
+  c.nearest = at<DeviceNearest>(workspace, w.nearest);
+  c.costs = at<float>(workspace, w.costs);
+  c.windows = at<float>(workspace, w.windows);
+  c.minima = at<float>(workspace, w.minima);
+  c.value = at<float>(workspace, w.value);
+  c.residual = at<float>(workspace, w.residual);
+  c.iterations = at<int32_t>(workspace, w.iterations);
+  c.order = at<uint32_t>(workspace, w.order);
+  blocks_ = at<DeviceBlock>(workspace, w.blocks);
+  scratch_ = at<float>(workspace, w.scratch);
+
+  const auto upload = [&](int64_t offset, const auto& table) {
+    stream.upload(at<char>(workspace, offset), table.data(),
+                  static_cast<int64_t>(table.size() * sizeof(table[0])));
+  };
+  upload(w.rollouts, plan.rollouts);
+  upload(w.groups, plan.groups);
+  upload(w.members, plan.members);
+  upload(w.blocks, plan.blocks);
+}
+
+void Pipeline::measure_states() const {
+  const Stage stage("shear::states");
+  stream_.launch("begin_call", begin_call, threads_for(std::max<int64_t>(1, call_.spans)), call_);
+  const Grid grid = warps_for(call_.tokens);
+  switch (dtype_) {
+    case Dtype::kFloat32:
+      stream_.launch("measure_norms", measure_norms<Dtype::kFloat32>, grid, call_);
+      break;
+    case Dtype::kFloat16:
+      stream_.launch("measure_norms", measure_norms<Dtype::kFloat16>, grid, call_);
+      break;
+    case Dtype::kBFloat16:
+      stream_.launch("measure_norms", measure_norms<Dtype::kBFloat16>, grid, call_);
+      break;
+  }
+  stream_.launch("mean_rollout_norms", mean_rollout_norms, {call_.n_rollouts, kThreads}, call_);
+  stream_.launch("mean_group_norms", mean_group_norms, threads_for(call_.n_groups), call_);
+}
+
+void Pipeline::solve(const Call& call) const {
+  const Stage stage("shear::solve");
+  SolveArgs args{};
+  args.table = {call.blocks,
+                call.n_blocks,
+                call.span_table,
+                call.group_norm,
+                call.costs,
+                config_.reg,
+                config_.reg_unit == RegUnit::kCost};
+  args.pairs = call.chunk_pairs;
+  args.n_iters = static_cast<int32_t>(config_.n_iters);
+  args.tol = static_cast<float>(config_.tol);
+  args.prune = config_.prune;
+  args.best = call.best;
+  args.value = call.value;
+  args.residual = call.residual;
+  args.iterations = call.iterations;
+  args.counts = call.counters->counts;
+  args.scratch = scratch_;
+  args.scratch_floats = plan_.solver.scratch_floats;
+  if (config_.prune) {
+    args.order = call.order;
+    args.queued = &call.counters->seeds;
+    args.next = &call.counters->seeds_taken;
+    stream_.launch("queue_seeds", queue_seeds, threads_for(call.spans), call);
+    launch_solver(stream_, plan_.solver, args);
+    stream_.launch("count_survivors", count_survivors, threads_for(call.chunk_pairs), call);
+    stream_.launch("queue_survivors", queue_survivors, threads_for(call.chunk_pairs), call);
+    args.queued = &call.counters->queued;
+  }
+  args.next = &call.counters->taken;
+  launch_solver(stream_, plan_.solver, args);
+}
+
+void Pipeline::run(float* matrix) const {
+  measure_states();
+  for (const DeviceChunk& chunk : plan_.chunks) {
+    Call call = call_;
+    call.blocks = blocks_ + chunk.block_begin;
+    call.n_blocks = static_cast<int32_t>(chunk.blocks);
+    call.chunk_pairs = chunk.pairs;
+    call.bound_rows = chunk.bound_rows;
+    stream_.launch("begin_chunk", begin_chunk, threads_for(call.spans), call);
+    {
+      const Stage stage("shear::token_costs");
+      launch_token_costs(stream_, call, dtype_, plan_.large_tiles, chunk.cost_tiles);
+    }
+    {
+      const Stage stage("shear::bounds");
+      stream_.launch("reduce_costs", reduce_costs, {chunk.strips, kThreads}, call);
+      stream_.launch("bound_pairs", bound_pairs, warps_for(chunk.bound_rows), call);
+    }
+    if (config_.distance == Distance::kSinkhorn) solve(call);
+    const Stage stage("shear::nearest_spans");
+    stream_.launch("find_nearest", find_nearest, {plan_.span_tiles, kThreads}, call);
+    if (matrix) {
+      const int64_t rows = problem_.rollouts[0].span_end;
+      stream_.launch("write_matrix", write_matrix, threads_for(chunk.pairs),
+                     MatrixArgs{call, matrix, problem_.rollouts[1].span_end - rows, rows});
+    }
+  }
+}
+
+void Pipeline::token_weights(float* weights) const {
+  const Stage stage("shear::token_weights");
+  stream_.launch("token_weights", cuda::token_weights, threads_for(call_.tokens),
+                 WeightsArgs{call_, weights});
+}
+
+void Pipeline::span_distances(const SpanOutputs& out) const {
+  stream_.launch("write_distances", write_distances,
+                 threads_for(std::max<int64_t>(kCounts, call_.spans)), DistancesArgs{call_, out});
+}
+
+void Pipeline::check_finite() const {
+  unsigned long long bad = 0;
+  stream_.read(&bad, &call_.counters->bad_token, sizeof bad);
+  if (bad != ~0ull)
+    throw std::invalid_argument(
+        "hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token " +
+        std::to_string(bad));
+}
+
+void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverPlan& plan) {
+  const Stage stage("shear::solve");
+  auto* counters = static_cast<Counters*>(batch.counters);
+  PairTable table{};
+  table.costs = batch.costs;
+  table.reg = batch.reg;
+  table.n = batch.n;
+  table.m = batch.m;
+  table.n_rows = batch.n_rows;
+  table.n_cols = batch.n_cols;
+  const BatchArgs begin{table, counters, batch.value, batch.iterations};
+  stream.launch("begin_batch", begin_batch, {1, kThreads}, begin);
+  stream.launch("bound_problems", bound_problems, {batch.batch, kThreads}, begin);
+  SolveArgs args{};
+  args.table = table;
+  args.pairs = batch.batch;
+  args.next = &counters->taken;
+  args.n_iters = batch.n_iters;
+  args.tol = batch.tol;
+  args.value = batch.value;
+  args.residual = batch.residual;
+  args.iterations = batch.iterations;
+  args.counts = counters->counts;
+  args.scratch = batch.scratch;
+  args.scratch_floats = plan.scratch_floats;
+  launch_solver(stream, plan, args);
+  unsigned long long bad = 0;
+  stream.read(&bad, &counters->bad_token, sizeof bad);
+  if (bad != ~0ull) throw std::invalid_argument("cost must be finite, got NaN or Inf");
+}
+
+#ifndef SHEAR_EMULATED
+
+__global__ void upload_words(const UploadArgs args) {
+  for (int k = static_cast<int>(threadIdx.x); k < args.words; k += kThreads)
+    args.to[k] = args.word[k];
+}
+
+void Stream::upload(void* to, const void* from, int64_t bytes) const {
+  constexpr int64_t kSmall = 64 << 10;
+  if (bytes > kSmall && !capturing()) {
+    // from pageable memory: it has been read when the call returns
+    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_),
+          "cudaMemcpyAsync");
+    return;
+  }
+  UploadArgs args;
+  for (int64_t done = 0; done < bytes; done += args.words * 4) {
+    args.to = static_cast<uint32_t*>(to) + done / 4;
+    args.words = static_cast<int32_t>(std::min<int64_t>(UploadArgs::kWords, (bytes - done) / 4));
+    std::memcpy(args.word, static_cast<const char*>(from) + done, args.words * 4);
+    launch("upload_words", upload_words, {1, kThreads}, args);
+  }
+}
+
+#endif
+
+}  // namespace shear::cuda

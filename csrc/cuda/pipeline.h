@@ -1,0 +1,60 @@
+// The steps of one call on a GPU: token costs -> bounds -> sinkhorn -> nearest spans -> token
+// weights. Every count stays on the device: from the first kernel to the last the host only
+// launches.
+#pragma once
+#include "cuda/call.cuh"
+#include "cuda/launch.h"
+
+namespace shear::cuda {
+
+// Kernels in files of their own.
+void launch_token_costs(const Stream& stream, const Call& call, Dtype dtype, bool large,
+                        int64_t tiles);
+void launch_solver(const Stream& stream, const SolverPlan& plan, const SolveArgs& args);
+
+class Pipeline {
+ public:
+  // `states` is contiguous (tokens, dim); `workspace` has plan.workspace.bytes. Queues the copies
+  // of the plan's tables.
+  Pipeline(const Stream& stream, const Problem& problem, const Config& config,
+           const DevicePlan& plan, const void* states, Dtype dtype, int64_t dim, void* workspace);
+
+  // Finds every span's nearest span; if matrix is not null, also every span distance of a problem
+  // of two rollouts.
+  void run(float* matrix) const;
+  void token_weights(float* weights) const;
+  void span_distances(const SpanOutputs& out) const;
+  // Waits for the stream. Throws std::invalid_argument on states that are not finite.
+  void check_finite() const;
+
+ private:
+  void measure_states() const;
+  void solve(const Call& call) const;
+
+  const Stream& stream_;
+  const Problem& problem_;
+  const Config& config_;
+  const DevicePlan& plan_;
+  const Dtype dtype_;
+  Call call_;
+  const DeviceBlock* blocks_;  // of all chunks
+  float* scratch_;
+};
+
+struct SinkhornBatch {
+  const float* costs;  // (batch, n, m)
+  int64_t batch, n, m;
+  const int64_t *n_rows, *n_cols;  // (batch), on the device
+  double reg;
+  float tol;
+  int32_t n_iters;
+  float *value, *residual;
+  int32_t* iterations;
+  void* counters;  // kCounterBytes
+  float* scratch;  // plan.grid * plan.scratch_floats
+};
+
+// Waits for the stream. Throws std::invalid_argument on costs that are not finite.
+void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverPlan& plan);
+
+}  // namespace shear::cuda

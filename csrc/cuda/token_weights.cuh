@@ -1,0 +1,39 @@
+// Steps 2 to 4 of the paper up to the advantage: span distances / mean norm, then the maximum (or
+// mean) over the covering spans.
+#pragma once
+#include "cuda/nearest.cuh"
+
+namespace shear::cuda {
+
+struct WeightsArgs {
+  Call call;
+  float* weights;
+};
+
+// A thread per token.
+__global__ void __launch_bounds__(kThreads) token_weights(const WeightsArgs args) {
+  const Call& call = args.call;
+  const int64_t t = global_thread();
+  if (t >= call.tokens) return;
+  const int i = last_not_after(call.n_rollouts, t, [&](int k) { return call.rollouts[k].begin; });
+  const DeviceRollout rollout = call.rollouts[i];
+  if (rollout.group < 0) {
+    args.weights[t] = 1.f;
+    return;
+  }
+  const int64_t at = t - rollout.begin, last = rollout.spans - 1;
+  const int64_t from =
+      at < call.span_tokens ? 0 : min(last, (at - call.span_tokens) / call.stride + 1);
+  double highest = 0, total = 0;
+  int count = 0;
+  for (int64_t k = from; k <= last && k * call.stride <= at; ++k, ++count) {
+    const double distance = final_distance(call, call.nearest[rollout.span_begin + k]);
+    highest = distance <= highest ? highest : distance;  // keeps NaN
+    total += distance;
+  }
+  const double pooled = call.mean_pooling ? total / count : highest;
+  const double norm = call.rollout_norms ? call.rollout_norm[i] : call.group_norm[rollout.group];
+  args.weights[t] = static_cast<float>(pooled == 0 ? 0. : pooled / norm);
+}
+
+}  // namespace shear::cuda

@@ -1,0 +1,179 @@
+#include "device_plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/tiles.h"
+
+namespace shear {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sets the section's offset and goes on behind it.
+template <typename T>
+void place(int64_t* section, int64_t count, int64_t* bytes) {
+  *section = *bytes;
+  *bytes = ceil_div(*bytes + count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+}
+
+template <typename Tile>
+SolverPlan in_registers(Solver solver, int64_t pairs, const Device& device) {
+  return {solver, std::min(pairs, device.processors * Tile::kCtas), Tile::kThreads,
+          4 * Tile::kSharedFloats, 0};
+}
+
+template <typename Shape>
+int64_t tiles_of_block(const Block& block) {
+  return ceil_div(block.row_tokens, Shape::kRows) * ceil_div(block.col_tokens, Shape::kCols);
+}
+
+// Large tiles read half as much per product; small ones waste less on small rollouts.
+bool prefers_large_tiles(const Plan& plan) {
+  int64_t large = 0, small = 0;
+  for (const Chunk& chunk : plan.chunks)
+    for (const Block& block : chunk.blocks) {
+      large += 2 * tiles_of_block<cuda::LargeCostTile>(block);
+      small += tiles_of_block<cuda::SmallCostTile>(block);
+    }
+  return 100 * large <= 115 * small;
+}
+
+void append_rollouts(const Problem& problem, DevicePlan* out) {
+  std::vector<int32_t> correct(problem.rollouts.size());
+  for (const Group& group : problem.groups) {
+    const auto first = static_cast<int32_t>(out->members.size());
+    for (const int64_t i : group.correct) correct[i] = 1;
+    for (const auto* side : {&group.correct, &group.incorrect})
+      out->members.insert(out->members.end(), side->begin(), side->end());
+    out->groups.push_back({first, static_cast<int32_t>(out->members.size())});
+  }
+  for (size_t i = 0; i < problem.rollouts.size(); ++i) {
+    const Rollout& rollout = problem.rollouts[i];
+    out->rollouts.push_back({rollout.begin, rollout.end, static_cast<int32_t>(rollout.span_begin),
+                             static_cast<int32_t>(rollout.span_end - rollout.span_begin),
+                             static_cast<int32_t>(rollout.group), correct[i],
+                             static_cast<int32_t>(out->span_tiles)});
+    out->span_tiles += ceil_div(rollout.span_end - rollout.span_begin, int64_t{cuda::kSpansPerCta});
+  }
+}
+
+// Returns the floats of the largest chunk's column minima.
+int64_t append_chunks(DevicePlan* out) {
+  int64_t most = 0;
+  for (const Chunk& chunk : out->plan.chunks) {
+    DeviceChunk sizes{static_cast<int64_t>(out->blocks.size()),
+                      static_cast<int64_t>(chunk.blocks.size()),
+                      0,
+                      0,
+                      0,
+                      chunk.pairs};
+    int64_t minima = 0;
+    for (const Block& block : chunk.blocks) {
+      const int64_t strips = ceil_div(block.row_tokens, out->strip);
+      out->blocks.push_back(
+          {block.row_token, block.col_token, block.cost_offset, block.row_offset, minima,
+           block.pair_offset, static_cast<int32_t>(block.row_tokens),
+           static_cast<int32_t>(block.col_tokens), static_cast<int32_t>(block.row_span),
+           static_cast<int32_t>(block.row_spans), static_cast<int32_t>(block.col_span),
+           static_cast<int32_t>(block.col_spans), static_cast<int32_t>(block.ld),
+           static_cast<int32_t>(block.group), static_cast<int32_t>(sizes.cost_tiles),
+           static_cast<int32_t>(sizes.strips), static_cast<int32_t>(sizes.bound_rows)});
+      sizes.cost_tiles += out->large_tiles ? tiles_of_block<cuda::LargeCostTile>(block)
+                                           : tiles_of_block<cuda::SmallCostTile>(block);
+      sizes.strips += strips;
+      sizes.bound_rows += block.row_spans * ceil_div(block.col_spans, 32);
+      if (out->column_minima) minima += strips * block.ld;
+    }
+    most = std::max(most, minima);
+    out->chunks.push_back(sizes);
+  }
+  return most;
+}
+
+}  // namespace
+
+SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pairs,
+                       const Device& device) {
+  if (std::max(rows, cols) > cuda::kLongestSpan)
+    throw std::invalid_argument("span must be at most " + std::to_string(cuda::kLongestSpan) +
+                                " for backend 'cuda', got a pair of " + std::to_string(rows) +
+                                " and " + std::to_string(cols) +
+                                " tokens: lower span, or use backend 'cpu'");
+  if (longest <= cuda::Solver32::kCols)
+    return in_registers<cuda::Solver32>(Solver::k32, pairs, device);
+  if (longest <= cuda::Solver64::kCols)
+    return in_registers<cuda::Solver64>(Solver::k64, pairs, device);
+  if (longest <= cuda::Solver100::kCols)
+    return in_registers<cuda::Solver100>(Solver::k100, pairs, device);
+  if (longest <= cuda::Solver128::kCols)
+    return in_registers<cuda::Solver128>(Solver::k128, pairs, device);
+  SolverPlan out{Solver::kWide, std::min(pairs, device.processors), cuda::kWideThreads,
+                 4 * cuda::wide_shared_floats(rows, cols), 0};
+  if (out.shared_bytes + 4 * rows * cols <= device.shared_bytes) {
+    out.shared_bytes += 4 * rows * cols;
+  } else {
+    out.scratch_floats = ceil_div(rows * cols, 64) * 64;
+    out.grid = std::min(out.grid, std::max<int64_t>(1, kScratchBytes / (4 * out.scratch_floats)));
+  }
+  return out;
+}
+
+DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
+                            const Device& device) {
+  DevicePlan out{};
+  out.plan = make_plan(problem, config, dim, /*threads=*/0);
+  out.column_minima = config.stride >= cuda::kLeastStrip;
+  out.strip = std::max(config.stride, cuda::kLeastStrip);
+  out.large_tiles = prefers_large_tiles(out.plan);
+  append_rollouts(problem, &out);
+  const int64_t minima = append_chunks(&out);
+
+  int64_t costs = 0, windows = 0, pairs = 0;
+  for (const Chunk& chunk : out.plan.chunks) {
+    costs = std::max(costs, chunk.cost_floats);
+    windows = std::max(windows, chunk.row_floats);
+    pairs = std::max(pairs, chunk.pairs);
+  }
+  if (config.distance == Distance::kSinkhorn && pairs > 0) {
+    int64_t rows = 0, cols = 0;
+    for (const Span& span : problem.spans) {
+      const int64_t group = problem.rollouts[span.rollout].group;
+      if (group < 0) continue;
+      int64_t& most = out.rollouts[span.rollout].correct ? rows : cols;
+      most = std::max(most, span.size());
+    }
+    out.solver = plan_solver(config.span, rows, cols, pairs, device);
+  }
+
+  Workspace& w = out.workspace;
+  const auto spans = static_cast<int64_t>(problem.spans.size());
+  const auto batch = static_cast<int64_t>(problem.rollouts.size());
+  const auto groups = static_cast<int64_t>(problem.groups.size());
+  place<DeviceRollout>(&w.rollouts, batch, &w.bytes);
+  place<DeviceGroup>(&w.groups, groups, &w.bytes);
+  place<int32_t>(&w.members, static_cast<int64_t>(out.members.size()), &w.bytes);
+  place<DeviceBlock>(&w.blocks, static_cast<int64_t>(out.blocks.size()), &w.bytes);
+  w.tables = w.bytes;
+  place<char>(&w.counters, kCounterBytes, &w.bytes);
+  place<DeviceSpan>(&w.spans, spans, &w.bytes);
+  place<float>(&w.norm, problem.tokens, &w.bytes);
+  place<float>(&w.sq_norm, problem.tokens, &w.bytes);
+  place<double>(&w.rollout_norm, batch, &w.bytes);
+  place<double>(&w.group_norm, groups, &w.bytes);
+  place<uint32_t>(&w.best, spans, &w.bytes);
+  place<uint64_t>(&w.seed, spans, &w.bytes);
+  place<DeviceNearest>(&w.nearest, spans, &w.bytes);
+  place<float>(&w.costs, costs, &w.bytes);
+  place<float>(&w.windows, windows, &w.bytes);
+  place<float>(&w.minima, minima, &w.bytes);
+  place<float>(&w.value, pairs, &w.bytes);
+  place<float>(&w.residual, pairs, &w.bytes);
+  place<int32_t>(&w.iterations, pairs, &w.bytes);
+  place<uint32_t>(&w.order, pairs, &w.bytes);
+  place<float>(&w.scratch, out.solver.grid * out.solver.scratch_floats, &w.bytes);
+  return out;
+}
+
+}  // namespace shear

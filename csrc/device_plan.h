@@ -1,0 +1,107 @@
+// The plan of a call on a GPU: the chunks of plan.h, and what kernels need to find their work in
+// them by themselves. Made on the host without a GPU; reachable through shear_ops._C.device_plan().
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "plan.h"
+#include "problem.h"
+
+namespace shear {
+
+struct Device {
+  int64_t processors;    // streaming multiprocessors
+  int64_t shared_bytes;  // that a CTA can have
+};
+
+// The rows of the tables that a call copies to the GPU.
+struct DeviceRollout {
+  int64_t begin, end;  // tokens
+  int32_t span_begin, spans;
+  int32_t group;       // -1: no opposing set
+  int32_t correct;     // its spans are rows of blocks
+  int32_t tile_begin;  // kSpansPerCta spans each
+};
+struct DeviceGroup {
+  int32_t member_begin, member_end;
+};
+struct DeviceBlock {
+  int64_t row_token, col_token;
+  int64_t cost_offset, window_offset, minima_offset;  // floats
+  int64_t pair_offset;
+  int32_t row_tokens, col_tokens;
+  int32_t row_span, row_spans, col_span, col_spans;
+  int32_t ld, group;
+  // position of its first tile of costs, strip of rows, and row of 32 pairs in the chunk
+  int32_t tile_begin, strip_begin, bound_begin;
+};
+struct DeviceSpan {
+  int64_t begin;
+  int32_t size, rollout;
+};
+// What a span has found so far.
+struct DeviceNearest {
+  float distance, residual;
+  int32_t iterations, span;
+  double sum;
+  int64_t count;
+};
+
+struct DeviceChunk {
+  int64_t block_begin, blocks;
+  int64_t cost_tiles, strips, bound_rows, pairs;
+};
+
+// Solvers by the longest span: csrc/cuda/tiles.h. The choice follows the configuration alone, so
+// that a pair's distance does not depend on the other rollouts of the call.
+enum class Solver : int { k32, k64, k100, k128, kWide };
+
+// The kernel of the pairs of one call or batch, and its persistent grid.
+struct SolverPlan {
+  Solver solver;
+  int64_t grid, threads, shared_bytes;
+  int64_t scratch_floats;  // of each CTA; 0: K is in shared memory or registers
+};
+
+// For pairs of at most (rows, cols) tokens, where spans may have `longest`. Throws
+// std::invalid_argument on more than kLongestSpan tokens.
+SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pairs,
+                       const Device& device);
+
+// Byte offsets into the one allocation of a call.
+struct Workspace {
+  int64_t rollouts, groups, members, blocks;   // tables
+  int64_t tables;                              // their bytes, from offset 0 on
+  int64_t spans, norm, sq_norm;                // per span; per token
+  int64_t rollout_norm, group_norm;            // means, double
+  int64_t best, seed, nearest;                 // per span
+  int64_t counters;                            // Counters of csrc/cuda/pipeline.cuh
+  int64_t costs, windows, minima;              // of the chunk at hand
+  int64_t value, residual, iterations, order;  // per pair of it
+  int64_t scratch;                             // of the solver
+  int64_t bytes;                               // in all
+};
+
+struct DevicePlan {
+  Plan plan;
+  std::vector<DeviceRollout> rollouts;
+  std::vector<DeviceGroup> groups;
+  std::vector<int32_t> members;  // rollouts of the groups
+  std::vector<DeviceBlock> blocks;
+  std::vector<DeviceChunk> chunks;
+  SolverPlan solver;
+  bool large_tiles;
+  int64_t strip;  // rows of a strip: the stride, or a number without column minima
+  bool column_minima;
+  int64_t span_tiles;  // kSpansPerCta spans of one rollout each
+  Workspace workspace;
+};
+
+constexpr int64_t kCounterBytes = 1024;
+constexpr int64_t kScratchBytes = int64_t{96}
+                                  << 20;  // of wide pairs whose K is not in shared memory
+
+DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
+                            const Device& device);
+
+}  // namespace shear

@@ -1,0 +1,6 @@
+// What the tests set from outside.
+#include "emulated_cuda.h"
+
+extern "C" __attribute__((visibility("default"))) void shear_emulated_order(int order) {
+  emulated::order = order;
+}

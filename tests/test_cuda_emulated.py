@@ -1,0 +1,254 @@
+"""The CUDA backend on a CPU: its kernels, launches and operators compiled by g++ through the
+emulation of tests/emulated_cuda.h, as torch.ops.shear_emulated, with chunks of 64 KiB."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import shear_ops
+from problems import DTYPES, PROBLEMS, Text, problem
+from shear_ops import SpanConfig, backends, reference
+from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [
+    *(f"csrc/cuda/{name}.cu" for name in ("span_weights", "pipeline", "token_cost", "sinkhorn")),
+    *(f"csrc/{name}.cpp" for name in ("problem", "plan", "device_plan")),
+    "tests/emulated_cuda.cpp",
+]
+DEFINITIONS = torch.library.Library("shear_emulated", "DEF")
+NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
+COMPUTED = backends.DISTANCES["cuda"]
+CASES = [
+    (p.name, dtype)
+    for p in PROBLEMS
+    for dtype in DTYPES
+    if dtype in p.dtypes and p.config.get("distance", "sinkhorn") in COMPUTED
+]
+FIELDS = ("distance", "nearest", "residual", "iterations", "spans", "pairs")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the emulation needs g++ on x86-64")
+    out = tmp_path_factory.mktemp("emulated")
+    torch_dir = Path(torch.__file__).parent
+    flags = (
+        f"-x c++ -O2 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Werror "
+        f"-Wno-unknown-pragmas -DSHEAR_EMULATED -DSHEAR_CHUNK_BYTES=65536 "
+        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc -Itests -isystem {torch_dir}/include"
+    ).split()
+
+    def compile_one(source: str) -> str:
+        target = str(out / f"{Path(source).name}.o")
+        subprocess.run([compiler, *flags, "-c", source, "-o", target], cwd=ROOT, check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    module = out / "shear_emulated.so"
+    subprocess.run(
+        [compiler, "-shared", "-o", str(module), *objects, f"-L{torch_dir}/lib", "-ltorch",
+         "-ltorch_cpu"], check=True,
+    )  # fmt: skip
+    for name in NAMES:
+        schema = str(getattr(torch.ops.shear, name).default._schema)
+        DEFINITIONS.define(schema.removeprefix("shear::"))
+    torch.ops.load_library(module)
+    return ctypes.CDLL(str(module))
+
+
+@pytest.fixture(autouse=True)
+def threads_in_order(library: ctypes.CDLL) -> None:
+    library.shear_emulated_order(0)
+
+
+def span_distances(given: dict[str, Tensor], config: dict[str, Any], **options: Any) -> Any:
+    arguments = {**SpanConfig(**config).op_arguments(), **options}
+    found = torch.ops.shear_emulated.span_distances(*given.values(), **arguments)
+    return dict(zip(FIELDS, found, strict=True))
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
+def test_against_float64(name: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    given, config = case.arguments(dtype), SpanConfig(**case.config)
+    found, wanted = span_distances(given, case.config), converged(name, dtype)
+    assert torch.equal(found["spans"], torch.stack([wanted.rollout, wanted.begin, wanted.end], 1))
+    assert torch.equal(found["distance"].isinf(), wanted.distance.isinf())
+    assert torch.equal(found["nearest"] < 0, wanted.nearest < 0)
+    total, bounded, abandoned, solved, _ = found["pairs"].tolist()
+    assert total == wanted.pairs[0] == bounded + abandoned + solved
+
+    stopped = found["iterations"] >= config.n_iters
+    if not case.slow_mixing:
+        assert stopped.sum() <= 0.2 * len(stopped)
+    some = (wanted.nearest >= 0) & ~stopped
+    scale = resolution(config, mean_norms(given))[wanted.rollout]
+    allowed = TOLERANCES[config.distance][dtype] * torch.maximum(wanted.distance, scale)
+    error = (found["distance"].double() - wanted.distance).abs()
+    assert (error <= allowed)[some].all(), (error / allowed)[some].max()
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+def test_weights_and_distances_are_those_of_the_cpu_backend(name: str) -> None:
+    """Within 1e-4 of another implementation of the same method: the rest is rounding."""
+    case = BY_NAME[name]
+    given, options = case.arguments(), SpanConfig(**case.config).op_arguments()
+    if case.slow_mixing:
+        options["n_iters"] = 2000
+    wanted = torch.ops.shear.span_weights(*given.values(), **options)
+    seen = torch.ops.shear_emulated.span_weights(*given.values(), **options)
+    torch.testing.assert_close(seen, wanted, rtol=2e-3 if case.slow_mixing else 1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({n for n, _ in CASES} - {"a whole tile and more", "dim 4096"})
+)
+def test_no_bit_depends_on_pruning_or_who_comes_first(name: str, library: ctypes.CDLL) -> None:
+    case = BY_NAME[name]
+    wanted = span_distances(case.arguments(), case.config)
+    for order, prune in ((0, False), (1, True), (2, True), (2, False)):
+        library.shear_emulated_order(order)
+        found = span_distances(case.arguments(), case.config, prune=prune)
+        for field in FIELDS[:5]:
+            assert torch.equal(found[field], wanted[field]), (order, prune, field)
+
+
+def test_no_bit_depends_on_other_groups() -> None:
+    case = BY_NAME["interleaved groups"]
+    given = case.arguments()
+    whole = span_distances(given, case.config)
+    lengths = given["cu_seqlens"].diff().tolist()
+    rows = given["hidden"].split(lengths)
+    for group in given["group_ids"].unique():
+        mine = [i for i in range(len(rows)) if given["group_ids"][i] == group]
+        alone = {
+            "hidden": torch.cat([rows[i] for i in mine]),
+            "cu_seqlens": torch.tensor([0, *(lengths[i] for i in mine)]).cumsum(0),
+            "group_ids": given["group_ids"][mine],
+            "labels": given["labels"][mine],
+        }
+        found = span_distances(alone, case.config)
+        where = torch.isin(whole["spans"][:, 0], torch.tensor(mine))
+        for field in ("distance", "residual", "iterations"):
+            assert torch.equal(found[field], whole[field][where]), field
+
+
+# spans of every solver, strides with and without column minima, states that are not 16-byte rows
+SHAPES = [
+    (span, stride, dim)
+    for span, stride in ((32, 8), (33, 9), (64, 16), (65, 40), (100, 25), (101, 33), (128, 128),
+                         (129, 50), (260, 260))
+    for dim in (24, 23)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("span", "stride", "dim"), SHAPES)
+def test_every_solver_and_tile(span: int, stride: int, dim: int, dtype: torch.dtype) -> None:
+    case = problem(
+        "", Text(span, dim).rollouts(span + stride + 3, 260, span), [1, 0, 0],
+        span=span, stride=stride, reg=0.1,
+    )  # fmt: skip
+    given = case.arguments(dtype)
+    found = span_distances(given, case.config)
+    wanted = shear_ops.span_distances(**given, config=SpanConfig(**case.config), backend="cpu")
+    assert wanted.distance.std() > 0
+    torch.testing.assert_close(found["distance"], wanted.distance, rtol=1e-4, atol=0)
+    again = span_distances(given, case.config, prune=False)
+    assert torch.equal(again["distance"], found["distance"])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 70])
+@pytest.mark.parametrize("distance", COMPUTED)
+def test_pair_distances(tokens: int, distance: str) -> None:
+    options = SpanConfig(span=16, stride=5, distance=distance).op_arguments()
+    x, y = Text(1, 6).rollouts(tokens, 41)
+    seen = torch.ops.shear_emulated.pair_distances(x, y, **options)
+    wanted = torch.ops.shear.pair_distances(x, y, **options)
+    assert seen.shape == wanted.shape
+    torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=0)
+
+
+SIZES = [(1, 1), (7, 31), (32, 32), (33, 5), (64, 64), (100, 100), (3, 101), (128, 127), (129, 40),
+         (250, 260)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_sinkhorn(n: int, m: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    cost = torch.cdist(
+        torch.randn(3, n, 4, generator=generator), torch.randn(3, m, 4, generator=generator)
+    )
+    cost[1] -= 20  # any sign
+    rows, cols = torch.tensor([n, n, (n + 1) // 2]), torch.tensor([m, m, (m + 1) // 2])
+    cost[2, int(rows[2]) :] = 1e9  # outside the rows in use
+    value, residual, iterations = torch.ops.shear_emulated.sinkhorn(
+        cost, rows, cols, reg=0.2, n_iters=500, tol=1e-4
+    )
+    for k in range(3):
+        wanted = reference.sinkhorn(cost[k : k + 1, : rows[k], : cols[k]].double(), 0.2)
+        shift = 20 if k == 1 else 0
+        torch.testing.assert_close(
+            value[k].double() + shift, wanted.value[0] + shift, rtol=1e-3, atol=1e-5
+        )
+    assert (residual <= 1e-4).all()
+    assert (iterations < 500).all()
+
+
+def test_stops_at_n_iters_and_recovers() -> None:
+    """Small reg, where over-relaxed scalings overflow: still finite, above its bounds, and right."""
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(2, 30, 30, generator=generator) * 1000
+    for n_iters in (1, 3, 7, 100, 3000):
+        value, _, iterations = torch.ops.shear_emulated.sinkhorn(cost, reg=0.5, n_iters=n_iters)
+        assert (iterations <= n_iters).all()
+        lower = torch.stack(reference.bounds(cost.double())).amax(0)
+        assert (value >= lower - 1e-3).all()
+    wanted = reference.sinkhorn(cost.double(), 0.5).value
+    torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_states_that_are_not_finite(bad: float) -> None:
+    case = BY_NAME["interleaved groups"]
+    given = case.arguments()
+    given["hidden"][7, 3] = bad
+    with pytest.raises(ValueError, match="got NaN, Inf or larger at token 7"):
+        span_distances(given, case.config)
+    options = SpanConfig(**case.config, check_finite=False).op_arguments()
+    seen = torch.ops.shear_emulated.span_weights(*given.values(), **options)
+    wanted = torch.ops.shear.span_weights(*given.values(), **options)
+    assert seen.isnan().any()
+    torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
+    with pytest.raises(ValueError, match="cost must be finite"):
+        torch.ops.shear_emulated.sinkhorn(torch.full((1, 2, 2), bad), reg=0.1)
+
+
+def test_refusals() -> None:
+    given = BY_NAME["text"].arguments()
+    for distance in ("mmd", "cosine"):
+        with pytest.raises(ValueError, match="distance must be sinkhorn or chamfer"):
+            span_distances(given, {"distance": distance})
+    long = {
+        "hidden": torch.zeros(5000, 1).normal_(), "cu_seqlens": torch.tensor([0, 4900, 5000]),
+        "group_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.tensor([1, 0]),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="span must be at most 4096 for backend 'cuda'"):
+        span_distances(long, {"span": 10_000})
+    for name, value in (("cu_seqlens", torch.tensor([0, 9])), ("labels", torch.tensor([[1]]))):
+        with pytest.raises((RuntimeError, ValueError), match=name):
+            span_distances({**given, name: value}, {})
