@@ -82,6 +82,12 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "xpu")
 
 
+def skip_if_not_computed(backend: str, name: str) -> None:
+    distance = BY_NAME[name].config.get("distance", "sinkhorn")
+    if distance not in backends.DISTANCES[backend]:
+        pytest.skip(f"{backend} does not compute {distance}")
+
+
 def skip_if_slow(backend: str, name: str, dtype: torch.dtype = torch.float32) -> None:
     if backend == "triton" and backends.interpreted() and dtype not in INTERPRETED.get(name, ()):
         pytest.skip("too slow in Triton's interpreter")
@@ -134,6 +140,7 @@ def test_table_is_large_and_varied() -> None:
 def test_against_float64(
     backend: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    skip_if_not_computed(backend, name)
     skip_if_slow(backend, name, dtype)
     problem = BY_NAME[name]
     config = SpanConfig(**problem.config)
@@ -212,6 +219,7 @@ def test_slow_mixing_is_reported() -> None:
 def test_pruning_and_threads_change_no_bit(backend: str, name: str, two_threads: None) -> None:
     if backend == "triton" and backends.interpreted() and name not in INTERPRETED_BITS:
         pytest.skip("too slow in Triton's interpreter")
+    skip_if_not_computed(backend, name)
     problem = BY_NAME[name]
     call: Any = functools.partial(
         span_distances, backend, problem.arguments(), config=SpanConfig(**problem.config)
