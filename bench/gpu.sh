@@ -64,15 +64,19 @@ say "tests on $device: $backends"
 if [ -n "$quick" ]; then
   "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_triton.py -k "chunks or strided"
 else
-  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_backends.py tests/test_triton.py -k "$either" -r f
+  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_backends.py tests/test_triton.py -k "$either" -r f ||
+    fail "the tests fail, so nothing is measured"
 fi
 
+failed=
 sanitizer=$(command -v compute-sanitizer || true)
 if [ "$gpu" = 1 ] && [ -n "$sanitizer" ]; then
-  for check in memcheck racecheck; do
+  for check in memcheck racecheck initcheck synccheck; do
+    if [ "$SECONDS" -gt $((LIMIT / 2)) ]; then echo "no time left for compute-sanitizer $check"; continue; fi
     say "compute-sanitizer $check"
     timeout 90 "$sanitizer" --tool "$check" --error-exitcode 1 "$PYTHON" -m pytest -q -x -p no:cacheprovider \
-      tests/test_backends.py -k "against_float64 and ($either) and bfloat16 and (tails or chamfer or two_clusters)"
+      tests/test_backends.py -k "against_float64 and ($either) and bfloat16 and (tails or chamfer or two_clusters)" ||
+      failed="$failed $check"
   done
 else
   echo "compute-sanitizer: not run (no GPU, or it is not on the PATH)"
@@ -92,5 +96,25 @@ for entry in paper-bf16 growth small sinkhorn survivors; do
   done
 done
 
+if [ "$gpu" = 1 ] && command -v ncu >/dev/null && [ "$SECONDS" -le "$LIMIT" ]; then
+  say "profile of the kernels of $backends"
+  cat >"$BUILD/one_call.py" <<'EOF'
+import sys
+import torch
+import shear_ops
+from bench.problems import CONFIG, synthetic_group
+with torch.device("cuda"):
+    group = synthetic_group("clustered", 3000, 3584).to(torch.bfloat16)
+    for _ in range(2):
+        shear_ops.span_weights(**group.arguments(), config=CONFIG, backend=sys.argv[1])
+EOF
+  for backend in $backends; do
+    timeout 90 ncu --clock-control none -k 'regex:sinkhorn|solve|token_cost|reduce_costs' --launch-count 12 \
+      --section SpeedOfLight --section WarpStateStats --section SchedulerStats --section Occupancy \
+      env PYTHONPATH="$PWD:$PYTHONPATH" "$PYTHON" "$BUILD/one_call.py" "$backend" >"${record%.json}-$backend-ncu.txt" || echo "ncu: no profile of $backend"
+  done
+fi
+
 say "what was measured"
 "$PYTHON" -m bench.gpu "$record"
+[ -z "$failed" ] || fail "not clean, or out of time, under compute-sanitizer:$failed"

@@ -30,12 +30,17 @@ FLAGS = [
 ]
 
 
+def toolkit() -> str:
+    """Return the version of nvcc, such as 13.0.88."""
+    version = re.search(r"V([\d.]+)", _output("nvcc", "--version"))
+    return version.group(1) if version else "unknown"
+
+
 def missing_tool() -> str | None:
     """Return why the sources cannot be compiled and read here, or None."""
     if shutil.which("nvcc") is None:
         return "nvcc is not installed"
-    release = re.search(r"release (\d+)\.(\d+)", _output("nvcc", "--version"))
-    if release is None or tuple(map(int, release.groups())) < (12, 8):
+    if [int(part) for part in re.findall(r"\d+", toolkit())] < [12, 8]:
         return "the CUDA backend needs nvcc 12.8 or later"
     return None if _cuobjdump() else "cuobjdump is not installed (Triton brings one)"
 
@@ -107,9 +112,8 @@ def measure(architecture: str = "90") -> dict[str, dict[str, int]]:
 
 def main() -> None:
     """Write the record."""
-    toolkit = re.search(r"V([\d.]+)", _output("nvcc", "--version"))
     record: dict[str, Any] = {
-        "toolkit": toolkit.group(1) if toolkit else "unknown",
+        "toolkit": toolkit(),
         "architecture": "sm_90",
         "kernels": measure(),
     }

@@ -9,13 +9,16 @@ from bench import sass
 
 from shear_ops import cuda
 
-RECORD = json.loads(sass.RECORD.read_text(encoding="utf-8"))["kernels"]
+WHOLE = json.loads(sass.RECORD.read_text(encoding="utf-8"))
+RECORD, TOOLKIT = WHOLE["kernels"], WHOLE["toolkit"]
 
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, dict[str, int]]:
     if why := sass.missing_tool():
         pytest.skip(why)
+    if (toolkit := sass.toolkit()).split(".")[:2] != TOOLKIT.split(".")[:2]:
+        pytest.skip(f"the record is of nvcc {TOOLKIT}, here is {toolkit}: python -m bench.sass")
     return sass.measure()
 
 
