@@ -66,14 +66,16 @@ oldest-torch: $(VENV)/dependencies
 	TORCH_DIR=$(CURDIR)/build/oldest/torch $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
 	  --config-settings=build-dir=build/oldest/cmake --wheel-dir build/oldest .
 
-# verl's engine, in an environment of its own (1.8 GB): its requirements exclude those of the tests.
+# verl's engine, in an environment of its own (1.8 GB): its requirements exclude those of the tests. Writes tests/verl-record.txt.
 verl: $(VENV)/installed
 	$(PYTHON) -m venv build/verl
 	build/verl/bin/python -m pip install --quiet --requirement tests/requirements-verl.txt
 	build/verl/bin/python -m pip install --quiet --no-deps verl==0.9.1 TransferQueue==0.1.11
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/verl .
 	build/verl/bin/python -m pip install --quiet --no-deps --force-reinstall build/verl/shear_ops-*.whl
-	build/verl/bin/python -m pytest -q tests/test_verl.py
+	{ date -u +%F; build/verl/bin/python -m pip list --format=freeze | grep -E '^(verl|torch|transformers|tensordict)=='; \
+	  build/verl/bin/python -m pytest -v --no-header tests/test_verl.py; } > build/verl/record.txt || { cat build/verl/record.txt; exit 1; }
+	cp build/verl/record.txt tests/verl-record.txt
 
 # The oldest supported trl, likewise.
 oldest-trl: $(VENV)/installed
