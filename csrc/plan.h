@@ -48,7 +48,7 @@ constexpr int64_t kChunkBytes = SHEAR_CHUNK_BYTES;
 constexpr int64_t kCostPad = 16;  // floats: rows of costs start on a cache line
 constexpr int64_t kRowPad = 8;    // rows of a pair are solved in groups
 constexpr int64_t kBytesPerPair =
-    20;  // value, residual, iterations, place in the queue and among the best
+    24;  // value, residual, iterations, place in the queue and among the best, excess
 
 // A backend that keeps more for each pair than the CPU's pipeline says so by bytes_per_pair.
 Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads,

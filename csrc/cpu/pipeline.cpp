@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 64;
 constexpr int64_t kPairsPerTask = 8;
-constexpr int64_t kTileSpans = 8;  // rows and columns of spans whose pairs are solved together
-constexpr int64_t kBestFirstShare = 16;  // one pair in so many is solved best first
+constexpr int64_t kTileSpans = 8;       // rows and columns of spans whose pairs are solved together
+constexpr int64_t kBestFirstShare = 8;  // one pair in so many is solved best first
 
 struct BlockTile {
   const Block* block;
@@ -168,25 +168,38 @@ void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windo
   });
 }
 
-// The pairs to solve, in the order in which the threads take them. The most promising come first:
-// what is solved early prunes the most. The rest come tile by tile, since the token costs of
-// neighbouring pairs overlap and are still in cache; all of them best first took a third longer.
+// The pairs to solve, in the order in which the threads take them. The most promising for one of
+// their spans come first: what is solved early prunes the most. The rest come tile by tile, since
+// the token costs of neighbouring pairs overlap and are still in cache; all of them best first took
+// a third longer.
 std::vector<uint32_t> Pipeline::queue(const Chunk& chunk, const std::vector<float>& bounds) const {
   std::vector<uint32_t> pairs;
   pairs.reserve(bounds.size());
+  std::vector<float> lowest(problem_.spans.size(), std::numeric_limits<float>::infinity());
   for (const Block& block : chunk.blocks) {
     if (!has_scale(block.group)) continue;
     for (int64_t row = 0; row < block.row_spans; row += kTileSpans)
       for (int64_t col = 0; col < block.col_spans; col += kTileSpans)
         for (int64_t a = row; a < std::min(block.row_spans, row + kTileSpans); ++a)
-          for (int64_t b = col; b < std::min(block.col_spans, col + kTileSpans); ++b)
-            pairs.push_back(static_cast<uint32_t>(block.pair_offset + a * block.col_spans + b));
+          for (int64_t b = col; b < std::min(block.col_spans, col + kTileSpans); ++b) {
+            const auto p = static_cast<uint32_t>(block.pair_offset + a * block.col_spans + b);
+            pairs.push_back(p);
+            for (const int64_t span : {block.row_span + a, block.col_span + b})
+              lowest[span] = std::min(lowest[span], bounds[p]);
+          }
   }
-  const auto better = [&](uint32_t a, uint32_t b) {
-    return bounds[a] < bounds[b] || (bounds[a] == bounds[b] && a < b);
-  };
   const auto first = static_cast<int64_t>(pairs.size()) / kBestFirstShare;
   if (first == 0) return pairs;
+  std::vector<float> excess(bounds.size());  // over the lowest bound of one of its spans
+  for (const Block& block : chunk.blocks)
+    for (int64_t a = 0; a < block.row_spans; ++a)
+      for (int64_t b = 0; b < block.col_spans; ++b) {
+        const int64_t p = block.pair_offset + a * block.col_spans + b;
+        excess[p] = bounds[p] - std::max(lowest[block.row_span + a], lowest[block.col_span + b]);
+      }
+  const auto better = [&](uint32_t a, uint32_t b) {
+    return excess[a] < excess[b] || (excess[a] == excess[b] && a < b);
+  };
   std::vector<uint32_t> ranked = pairs;
   std::nth_element(ranked.begin(), ranked.begin() + first, ranked.end(), better);
   const auto rest =
