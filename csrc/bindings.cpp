@@ -50,11 +50,11 @@ struct Planned {
 
 Planned plan_of(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                 const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
-                int64_t distance, int64_t tokens, int64_t threads, int64_t bytes_per_pair) {
+                int64_t distance, int64_t tokens, int64_t threads, const shear::Budget& budget) {
   const shear::Config config = shear::make_config(span, stride, 1., 1, 0., 0, distance, 0, 0, 0,
                                                   /*check_finite=*/true, /*prune=*/true);
   shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
-  shear::Plan plan = shear::make_plan(problem, config, dim, threads, bytes_per_pair);
+  shear::Plan plan = shear::make_plan(problem, config, dim, threads, budget);
   return {std::move(problem), std::move(plan)};
 }
 
@@ -62,7 +62,7 @@ py::dict plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>
               const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
               int64_t distance, int64_t tokens, int64_t threads) {
   const auto [problem, plan] = plan_of(cu_seqlens, group_ids, labels, dim, span, stride, distance,
-                                       tokens, threads, shear::kBytesPerPair);
+                                       tokens, threads, shear::kCpuBudget);
   py::dict out;
   out["spans"] = problem.spans.size();
   out["mixed_groups"] = problem.groups.size();
@@ -88,8 +88,9 @@ py::array_t<int64_t> table(const std::vector<std::array<int64_t, kColumns>>& row
 py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                    const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
                    int64_t distance, int64_t tokens, int64_t bytes_per_pair) {
-  const auto [problem, plan] = plan_of(cu_seqlens, group_ids, labels, dim, span, stride, distance,
-                                       tokens, /*threads=*/0, bytes_per_pair);
+  const auto [problem, plan] =
+      plan_of(cu_seqlens, group_ids, labels, dim, span, stride, distance, tokens, /*threads=*/0,
+              {shear::kDeviceChunkBytes, bytes_per_pair});
   std::vector<std::array<int64_t, 5>> rollouts;
   for (const shear::Rollout& r : problem.rollouts)
     rollouts.push_back({r.begin, r.end, r.span_begin, r.span_end, r.group});

@@ -9,6 +9,8 @@
 namespace shear {
 namespace {
 
+constexpr Budget kBudget{kDeviceChunkBytes, 16};  // of a pair: value, residual, iterations, order
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sets the section's offset and goes on behind it.
@@ -123,7 +125,7 @@ SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pair
 DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
                             const Device& device) {
   DevicePlan out{};
-  out.plan = make_plan(problem, config, dim, /*threads=*/0);
+  out.plan = make_plan(problem, config, dim, /*threads=*/0, kBudget);
   out.column_minima = config.stride >= cuda::kLeastStrip;
   out.strip = std::max(config.stride, cuda::kLeastStrip);
   out.large_tiles = prefers_large_tiles(out.plan);

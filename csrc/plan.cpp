@@ -13,13 +13,13 @@ int64_t tokens_of(const Problem& problem, int64_t span, int64_t spans) {
   return problem.spans[span + spans - 1].end - problem.spans[span].begin;
 }
 
-// Number of consecutive spans, at least one, that keep a block within the budget.
+// Number of consecutive spans, at least one, that keep a block within so many bytes.
 template <typename Bytes>
-int64_t fitting_spans(int64_t available, const Bytes& bytes) {
+int64_t fitting_spans(int64_t available, int64_t most, const Bytes& bytes) {
   int64_t low = 1, high = available;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
-    if (bytes(middle) <= kChunkBytes)
+    if (bytes(middle) <= most)
       low = middle;
     else
       high = middle - 1;
@@ -29,23 +29,23 @@ int64_t fitting_spans(int64_t available, const Bytes& bytes) {
 
 class Planner {
  public:
-  Planner(const Problem& problem, bool needs_costs, int64_t bytes_per_pair, Plan* plan)
-      : problem_(problem),
-        needs_costs_(needs_costs),
-        bytes_per_pair_(bytes_per_pair),
-        plan_(plan) {}
+  Planner(const Problem& problem, bool needs_costs, const Budget& budget, Plan* plan)
+      : problem_(problem), needs_costs_(needs_costs), budget_(budget), plan_(plan) {}
 
   void add(int64_t group, const Rollout& correct, const Rollout& incorrect) {
     for (int64_t col = incorrect.span_begin; col < incorrect.span_end;) {
       // one row span decides how many columns fit, then as many row spans as still fit
-      const int64_t cols = fitting_spans(incorrect.span_end - col, [&](int64_t n) {
-        return block_bytes(tokens_of(problem_, correct.span_begin, 1), tokens_of(problem_, col, n),
-                           1, n);
-      });
+      const int64_t cols =
+          fitting_spans(incorrect.span_end - col, budget_.chunk_bytes, [&](int64_t n) {
+            return block_bytes(tokens_of(problem_, correct.span_begin, 1),
+                               tokens_of(problem_, col, n), 1, n);
+          });
       for (int64_t row = correct.span_begin; row < correct.span_end;) {
-        const int64_t rows = fitting_spans(correct.span_end - row, [&](int64_t n) {
-          return block_bytes(tokens_of(problem_, row, n), tokens_of(problem_, col, cols), n, cols);
-        });
+        const int64_t rows =
+            fitting_spans(correct.span_end - row, budget_.chunk_bytes, [&](int64_t n) {
+              return block_bytes(tokens_of(problem_, row, n), tokens_of(problem_, col, cols), n,
+                                 cols);
+            });
         push(group, row, rows, col, cols);
         row += rows;
       }
@@ -60,7 +60,7 @@ class Planner {
                       int64_t col_spans) const {
     const int64_t floats =
         needs_costs_ ? row_tokens * (round_up(col_tokens, kCostPad) + col_spans) : 0;
-    return 4 * floats + bytes_per_pair_ * row_spans * col_spans;
+    return 4 * floats + budget_.bytes_per_pair * row_spans * col_spans;
   }
 
   void push(int64_t group, int64_t row_span, int64_t row_spans, int64_t col_span,
@@ -77,7 +77,7 @@ class Planner {
     block.col_tokens = tokens_of(problem_, col_span, col_spans);
     block.ld = round_up(block.col_tokens, kCostPad);
     const int64_t bytes = block_bytes(block.row_tokens, block.col_tokens, row_spans, col_spans);
-    if (plan_->chunks.empty() || bytes_ + bytes > kChunkBytes) {
+    if (plan_->chunks.empty() || bytes_ + bytes > budget_.chunk_bytes) {
       plan_->chunks.emplace_back();
       bytes_ = 0;
     }
@@ -99,7 +99,7 @@ class Planner {
 
   const Problem& problem_;
   const bool needs_costs_;
-  const int64_t bytes_per_pair_;
+  const Budget budget_;
   Plan* plan_;
   int64_t bytes_ = 0, peak_bytes_ = 0;
 };
@@ -112,10 +112,10 @@ int64_t sinkhorn_scratch_floats(int64_t n, int64_t m) {
 }
 
 Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads,
-               int64_t bytes_per_pair) {
+               const Budget& budget) {
   Plan plan;
   const bool cosine = config.distance == Distance::kCosine;
-  Planner planner(problem, !cosine, bytes_per_pair, &plan);
+  Planner planner(problem, !cosine, budget, &plan);
   for (size_t g = 0; g < problem.groups.size(); ++g)
     for (const int64_t i : problem.groups[g].correct)
       for (const int64_t j : problem.groups[g].incorrect)

@@ -40,19 +40,24 @@ struct Plan {
   int64_t workspace_bytes = 0;  // peak, beyond the tensors the call returns
 };
 
-#ifndef SHEAR_CHUNK_BYTES  // tests set fewer
-#define SHEAR_CHUNK_BYTES (int64_t{256} << 20)
-#endif
-// Of one chunk: small enough that its pages are soon used again, large enough for many threads.
-constexpr int64_t kChunkBytes = SHEAR_CHUNK_BYTES;
 constexpr int64_t kCostPad = 16;  // floats: rows of costs start on a cache line
 constexpr int64_t kRowPad = 8;    // rows of a pair are solved in groups
-constexpr int64_t kBytesPerPair =
-    24;  // value, residual, iterations, place in the queue and among the best, excess
 
-// A backend that keeps more for each pair than the CPU's pipeline says so by bytes_per_pair.
+// What one chunk may take, and what a span pair takes of it.
+struct Budget {
+  int64_t chunk_bytes, bytes_per_pair;
+};
+// Small enough that the pages of a chunk are soon used again, large enough for many threads. Of a
+// pair: value, residual, iterations, place in the queue and among the best, excess.
+constexpr Budget kCpuBudget{int64_t{256} << 20, 24};
+// A GPU wants queues long enough that waiting for the last pairs does not count.
+#ifndef SHEAR_DEVICE_CHUNK_BYTES  // tests set fewer
+#define SHEAR_DEVICE_CHUNK_BYTES (int64_t{768} << 20)
+#endif
+constexpr int64_t kDeviceChunkBytes = SHEAR_DEVICE_CHUNK_BYTES;
+
 Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads,
-               int64_t bytes_per_pair = kBytesPerPair);
+               const Budget& budget);
 
 // Floats of scratch that solving one pair of an n-token and an m-token span takes.
 int64_t sinkhorn_scratch_floats(int64_t n, int64_t m);

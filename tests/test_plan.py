@@ -29,7 +29,7 @@ def test_paper_group() -> None:
     seen = group(8, 3000, 3584)
     assert (seen.spans, seen.mixed_groups, seen.pairs) == (8 * 117, 1, 219_024)
     assert (seen.token_pairs, seen.chunks) == (12_000**2, 3)
-    assert 0.25 * GIB < seen.workspace_bytes < 0.5 * GIB
+    assert 0.2 * GIB < seen.workspace_bytes < 0.5 * GIB
 
 
 @pytest.mark.parametrize("tokens", [1, 99, 100, 101, 3000, 8000, 32_768])

@@ -73,7 +73,7 @@ Pipeline::Pipeline(const States& states, const Problem& problem, const Config& c
       problem_(problem),
       config_(config),
       kernels_(kernels()),
-      plan_(make_plan(problem, config, states.dim, threads())),
+      plan_(make_plan(problem, config, states.dim, threads(), kCpuBudget)),
       workers_(plan_.scratch_floats),
       nearest_(problem.spans.size(),
                Nearest{std::numeric_limits<float>::infinity(), 0.f, 0, -1, 0., 0}) {
