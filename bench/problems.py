@@ -17,7 +17,8 @@ from shear_ops.rollouts import load_rollouts, shipped_rollouts
 CONFIG = SpanConfig()  # the paper's spans of 100 every 25, reg 0.03
 SETTINGS = {
     "clustered": "half of the passages of every rollout are noisy copies of passages that the "
-    "group shares, so that pairs are bounded away about as on the recorded real rollouts",
+    "group shares, so that many pairs are bounded away, though fewer than on the recorded real "
+    "rollouts",
     "unpruned": "the rollouts share nothing but their vocabulary: hardly any pair is bounded away, "
     "the worst case",
 }
