@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench lint format emulated interpreted sanitized oldest-torch oldest-trl verl clean
+.PHONY: demo test bench lint format emulated interpreted sanitized oldest-torch clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
@@ -66,24 +66,19 @@ oldest-torch: $(VENV)/dependencies
 	TORCH_DIR=$(CURDIR)/build/oldest/torch $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
 	  --config-settings=build-dir=build/oldest/cmake --wheel-dir build/oldest .
 
-# verl's engine, in an environment of its own (1.8 GB): its requirements exclude those of the tests. Writes tests/verl-record.txt.
-verl: $(VENV)/installed
-	$(PYTHON) -m venv build/verl
-	build/verl/bin/python -m pip install --quiet --requirement tests/requirements-verl.txt
-	build/verl/bin/python -m pip install --quiet --no-deps verl==0.9.1 TransferQueue==0.1.11
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/verl .
-	build/verl/bin/python -m pip install --quiet --no-deps --force-reinstall build/verl/shear_ops-*.whl
-	{ date -u +%F; build/verl/bin/python -m pip list --format=freeze | grep -E '^(verl|torch|transformers|tensordict)=='; \
-	  build/verl/bin/python -m pytest -v --no-header tests/test_verl.py; } > build/verl/record.txt || { cat build/verl/record.txt; exit 1; }
-	cp build/verl/record.txt tests/verl-record.txt
-
-# The oldest supported trl, likewise.
-oldest-trl: $(VENV)/installed
-	$(PYTHON) -m venv build/trl
-	build/trl/bin/python -m pip install --quiet torch==2.13.0 numpy trl==0.29.0 'transformers<5' peft jmespath pytest
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/trl .
-	build/trl/bin/python -m pip install --quiet --no-deps --force-reinstall build/trl/shear_ops-*.whl
-	build/trl/bin/python -m pytest -q tests/test_trl.py
+# A trainer in an environment of its own, since its requirements exclude those of the tests (1 to 2 GB): make trainer-verl. It is one of
+# tests/trainers/environments/*.txt; those of *.no-deps.txt come without their dependencies, which want a GPU. Writes tests/trainers/records.
+trainer-%: $(VENV)/installed
+	$(PYTHON) -m venv build/trainers/$*
+	build/trainers/$*/bin/python -m pip install --quiet --requirement tests/trainers/environments/$*.txt
+	test ! -f tests/trainers/environments/$*.no-deps.txt || \
+	  build/trainers/$*/bin/python -m pip install --quiet --no-deps --requirement tests/trainers/environments/$*.no-deps.txt
+	SHEAR_CUDA=OFF $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/trainers .
+	build/trainers/$*/bin/python -m pip install --quiet --no-deps --force-reinstall build/trainers/shear_ops-*.whl
+	{ date -u +%F; build/trainers/$*/bin/python -m pip list --format=freeze; \
+	  build/trainers/$*/bin/python -m pytest -v --no-header -p no:cacheprovider tests/trainers/test_$(firstword $(subst -, ,$*)).py; } \
+	  > build/trainers/$*.txt || { tail -n 80 build/trainers/$*.txt; exit 1; }
+	mkdir -p tests/trainers/records && cp build/trainers/$*.txt tests/trainers/records/
 
 clean:
 	rm -rf $(VENV) build dist

@@ -15,7 +15,7 @@ Groups may lie on several ranks: states are regrouped over the whole world (shea
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,8 +26,7 @@ from trl import GRPOTrainer
 from .. import distributed
 from ..api import labels_from_rewards
 from ..capture import HiddenCapture, Recording
-from ..config import SpanConfig
-from ..weighting import Weighting
+from .settings import Settings
 
 MODES = ("auto", "loss", "score")
 OLDEST_TRL = (0, 29)
@@ -39,32 +38,28 @@ _Base: Any = GRPOTrainer if TYPE_CHECKING else object
 
 
 @dataclass(frozen=True)
-class ShearConfig:
+class ShearConfig(Settings):
     """How token weights are made in a GRPOTrainer.
 
+    Rollouts for which the reward function returned None are ignored: weight 1, and in no opposing
+    set.
+
     Args:
+        threshold, align, spans, weighting: as in Settings.
         correctness: the reward function that says whether a rollout is correct, by name or
             position among reward_funcs. May be left out if there is only one.
-        threshold: a rollout is correct if that reward is at least this. Rollouts for which the
-            function returned None are ignored: weight 1, and in no opposing set.
         mode: ``"loss"``, ``"score"`` (see the module), or ``"auto"``: loss where it is possible.
-        align: as in HiddenCapture.
-        spans: parameters of the method.
-        weighting: options on the weights; steps are optimizer steps.
 
     Raises:
-        ValueError: for another mode.
+        TypeError, ValueError: naming the field, the value seen and the value wanted.
     """
 
     correctness: str | int | None = None
-    threshold: float = 0.5
     mode: str = "auto"
-    align: str = "token"
-    spans: SpanConfig = field(default_factory=SpanConfig)
-    weighting: Weighting = field(default_factory=Weighting)
 
     def __post_init__(self) -> None:
-        """Check mode; the other fields are checked where they are used."""
+        """Check every field; correctness is checked by the trainer, which knows the names."""
+        super().__post_init__()
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 

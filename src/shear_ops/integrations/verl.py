@@ -38,32 +38,33 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from ..api import labels_from_rewards
 from ..bank import HiddenBank
 from ..capture import HiddenCapture
-from ..config import SpanConfig
 from ..distributed import mixed_groups
 from ..groups import group_ids_from_uids
-from ..weighting import Weighting
+from .settings import Settings
 
-FLAG = "shear"  # with the data of a pass: settings as JSON
+FLAG = "shear"  # with the data of a pass: the section of the configuration, and the step, as JSON
 FIELD = "shear_weights"
 
 
 class _Pass:
     """State of one pass for log-probabilities."""
 
-    def __init__(self, settings: dict[str, Any], data: Any, engine: Any) -> None:
+    def __init__(self, flag: str, data: Any, engine: Any) -> None:
+        sent = json.loads(flag)
+        settings = Settings.parse(sent["section"])
         self.group = engine.get_data_parallel_group()
         rank = torch.distributed.get_rank(self.group) if torch.distributed.is_initialized() else 0
         scores = torch.stack([score.sum() for score in data["rm_scores"].unbind()])
-        self.labels = labels_from_rewards(scores, settings["threshold"]).tolist()
+        self.labels = labels_from_rewards(scores, settings.threshold).tolist()
         self.groups = group_ids_from_uids([str(uid) for uid in tu.get(data, "uid")]).tolist()
         self.samples = [(rank << 32) + place for place in range(len(self.labels))]
-        self.shift = settings["align"] == "predictor"
+        self.shift = settings.align == "predictor"
         mixed = mixed_groups(self.groups, self.labels, process_group=self.group)
         self.bank = HiddenBank(mixed_groups=mixed)
         self.options = {
-            "config": SpanConfig(**settings["spans"]),
-            "weighting": Weighting(**settings["weighting"]),
-            "step": settings["step"],
+            "config": settings.spans,
+            "weighting": settings.weighting,
+            "step": sent["step"],
         }
 
     def add(self, hidden: Tensor, micro_batch: Any) -> None:
@@ -113,13 +114,12 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def infer_batch(self, data: Any, loss_function: Any = None) -> Any:
         """As FSDPEngineWithLMHead, with shear_weights where the data asks for them."""
-        settings = tu.get_non_tensor_data(data, key=FLAG, default=None)
-        if settings is None or loss_function is not None:
+        flag = tu.get_non_tensor_data(data, key=FLAG, default=None)
+        if flag is None or loss_function is not None:
             return super().infer_batch(data, loss_function)
-        settings = json.loads(settings)
         if self._shear_capture is None:
             self._shear_capture = HiddenCapture(self.module)
-        self._shear_pass = _Pass(settings, data, self)
+        self._shear_pass = _Pass(flag, data, self)
         data["shear_place"] = torch.arange(len(self._shear_pass.labels))
         try:
             with self._shear_capture.whole() as self._shear_states:
@@ -148,7 +148,7 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         )
 
 
-def settings_of(config: Any, step: int) -> str | None:
+def flag_of(config: Any, step: int) -> str | None:
     """What the driver sends with the pass for old log-probabilities; None without a section.
 
     Raises:
@@ -157,10 +157,8 @@ def settings_of(config: Any, step: int) -> str | None:
     section = config.get("shear", None)
     if section is None:
         return None
-    known = {"threshold": 0.5, "align": "token", "spans": {}, "weighting": {}}
-    given = json.loads(json.dumps(section, default=dict))
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"shear.* must be among {', '.join(known)}, got {', '.join(unknown)}")
+    section = json.loads(json.dumps(section, default=dict))
+    Settings.parse(section)
     if (estimator := config.algorithm.adv_estimator) != "grpo":
         raise ValueError(f"algorithm.adv_estimator must be grpo with shear.*, got {estimator}")
     correction = config.algorithm.get("rollout_correction", None)
@@ -169,12 +167,7 @@ def settings_of(config: Any, step: int) -> str | None:
             "algorithm.rollout_correction.bypass_mode must be False with shear.*, got True: it "
             "skips the pass for old log-probabilities, which gives the hidden states"
         )
-    settings = known | given
-    SpanConfig(**settings["spans"])
-    Weighting(**settings["weighting"])
-    if settings["align"] not in ("token", "predictor"):
-        raise ValueError(f"shear.align must be token or predictor, got {settings['align']!r}")
-    return json.dumps({**settings, "step": step})
+    return json.dumps({"section": section, "step": step})
 
 
 def _install(trainer: Any) -> None:
@@ -183,10 +176,10 @@ def _install(trainer: Any) -> None:
 
     @wraps(old_log_prob)
     def compute_old_log_prob(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
-        settings = settings_of(self.config, self.global_steps)
-        if settings is None:
+        flag = flag_of(self.config, self.global_steps)
+        if flag is None:
             return old_log_prob(self, batch, metrics)
-        batch.extra_info[FLAG] = settings
+        batch.extra_info[FLAG] = flag
         try:
             result = old_log_prob(self, batch, metrics)
         finally:
@@ -197,7 +190,7 @@ def _install(trainer: Any) -> None:
     @wraps(advantage)
     def compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = advantage(self, batch, metrics)
-        if settings_of(self.config, self.global_steps) is None:
+        if flag_of(self.config, self.global_steps) is None:
             return batch
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = trainer_base.tq.kv_batch_get(**where, select_fields=["advantages", FIELD])

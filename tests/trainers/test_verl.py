@@ -12,7 +12,9 @@ from torch import Tensor
 import tiny
 from shear_ops import SpanConfig, span_weights
 
-pytest.importorskip("verl", reason="verl is not installed (make verl makes an environment with it)")
+pytest.importorskip(
+    "verl", reason="verl is not installed (make trainer-verl makes an environment with it)"
+)
 import verl.workers.engine.fsdp.transformer_impl as fsdp
 from omegaconf import OmegaConf
 from tensordict import TensorDict
@@ -126,7 +128,7 @@ def test_weights_in_every_layout(
 ) -> None:
     layout = {"use_remove_padding": use_remove_padding, "use_dynamic_bsz": use_dynamic_bsz}
     config = OmegaConf.merge(CONFIG, {"shear": {"align": align}})
-    batch = data(**layout, shear=integration.settings_of(config, 0))
+    batch = data(**layout, shear=integration.flag_of(config, 0))
     output = engine.infer_batch(batch)["model_output"]
     plain = engine.infer_batch(data(**layout))["model_output"]
     assert "shear_weights" not in plain
@@ -213,7 +215,7 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        integration.settings_of(OmegaConf.merge(CONFIG, change), 0)
+        integration.flag_of(OmegaConf.merge(CONFIG, change), 0)
 
 
 def test_installed_in_verls_trainer() -> None:

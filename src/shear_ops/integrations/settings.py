@@ -1,0 +1,70 @@
+"""Settings: what every trainer must be told, and the only place that checks it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from ..capture import ALIGNMENTS
+from ..config import SpanConfig
+from ..weighting import Weighting
+
+_SECTIONS: dict[str, Any] = {"spans": SpanConfig, "weighting": Weighting}
+
+Own = TypeVar("Own", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How token weights are made in a trainer.
+
+    Args:
+        threshold: a rollout is correct if its reward for correctness is at least this.
+        align: as in HiddenCapture.
+        spans: parameters of the method.
+        weighting: options on the weights; steps are optimizer steps.
+
+    Raises:
+        TypeError, ValueError: naming the field, the value seen and the value wanted.
+    """
+
+    threshold: float = 0.5
+    align: str = "token"
+    spans: SpanConfig = field(default_factory=SpanConfig)
+    weighting: Weighting = field(default_factory=Weighting)
+
+    def __post_init__(self) -> None:
+        """Check every field; spans and weighting have checked theirs."""
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise TypeError(f"threshold must be a number, got {self.threshold!r}")
+        if math.isnan(self.threshold):
+            raise ValueError("threshold must be a number, got nan")
+        for name, kind in _SECTIONS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+        if self.align not in ALIGNMENTS:
+            raise ValueError(f"align must be {' or '.join(ALIGNMENTS)}, got {self.align!r}")
+
+    @classmethod
+    def parse(cls: type[Own], section: Mapping[str, Any]) -> Own:
+        """Settings from a section of a configuration file; spans and weighting are its own.
+
+        Raises:
+            TypeError, ValueError: naming the field, the value seen and the values wanted.
+        """
+        made = dict(section)
+        known = [item.name for item in fields(cls)]
+        if unknown := sorted(set(made) - set(known)):
+            raise ValueError(f"shear.* must be among {', '.join(known)}, got {', '.join(unknown)}")
+        for name, kind in _SECTIONS.items():
+            if isinstance(given := made.get(name), Mapping):
+                allowed = [item.name for item in fields(kind)]
+                if unknown := sorted(set(given) - set(allowed)):
+                    raise ValueError(
+                        f"shear.{name}.* must be among {', '.join(allowed)}, got "
+                        f"{', '.join(unknown)}"
+                    )
+                made[name] = kind(**given)
+        return cls(**made)
