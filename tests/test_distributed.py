@@ -129,9 +129,7 @@ def test_bank_over_ranks(known: bool) -> None:
     assert stored == sum(LENGTHS[i] for i in taking) * 24 * 4
 
 
-def one_per_rank(rank: int, tokens: int, dim: int, labels: list[int], weigh: bool) -> Any:
-    if not weigh:  # the bytes of a size that takes minutes to compute on two cores
-        distributed.api.span_weights = lambda hidden, **_: torch.ones(hidden.shape[0])
+def one_rollout_per_rank(rank: int, tokens: int, dim: int, labels: list[int]) -> Any:
     hidden = torch.full((tokens, dim), float(rank + 1), dtype=torch.bfloat16)
     hidden[:, 0] = torch.arange(tokens)
     return distributed.span_weights(
@@ -140,30 +138,30 @@ def one_per_rank(rank: int, tokens: int, dim: int, labels: list[int], weigh: boo
     )[1:]  # fmt: skip
 
 
-def mixed_and_not(rank: int) -> Any:
-    return [one_per_rank(rank, 30, 56, labels, True) for labels in ([1, 0, 0, 1], [0, 0, 0, 0])]
+def mixed_and_not(rank: int, tokens: int, dim: int, labels: list[int], weigh: bool) -> Any:
+    if not weigh:  # the bytes of a size that takes minutes to compute on two cores
+        distributed.api.span_weights = lambda hidden, **_: torch.ones(hidden.shape[0])
+    return [
+        one_rollout_per_rank(rank, tokens, dim, some)
+        for some in (labels, [labels[0]] * len(labels))
+    ]
 
 
-def test_bytes_over_the_wire() -> None:
+@pytest.mark.parametrize(
+    ("labels", "tokens", "dim", "weigh"),
+    [([1, 0, 0, 1], 30, 56, True), ([1, 0, 0, 1, 0, 1, 1, 0], 3000, 3584, False)],
+    ids=["small", "paper"],
+)
+def test_bytes_over_the_wire(labels: list[int], tokens: int, dim: int, weigh: bool) -> None:
     """Each state that is not at its owner travels once; nothing for a group with one label."""
-    mixed, one_label = zip(*ranks.run(4, mixed_and_not), strict=True)
-    assert sum(states for states, _, _, _ in mixed) == 3 * 30 * 56 * 2
-    assert sum(weights for _, weights, _, _ in mixed) == 3 * 30 * 4
-    assert [found[:2] for found in one_label] == [(0, 0)] * 4
-
-
-def test_bytes_at_the_papers_size() -> None:
-    """T = 3000, d = 3584, a group of 8 spread over 8 ranks: 150.5 MB of states in all.
-
-    The owner is asked for instead of running eight processes; two real ranks send one rollout.
-    """
-    held = [distributed._Rollout(0, i, int(i < 4), 3000, i, 0) for i in range(8)]
-    owner = distributed._owners({0: held}, 8)[0]
-    states = sum(r.tokens for r in held if r.rank != owner) * 3584 * 2
-    assert states == 150_528_000
-    found = ranks.run(2, one_per_rank, 3000, 3584, [1, 0], False)
-    assert sum(sent for sent, _, _, _ in found) == states // 7 == 21_504_000
-    assert sum(sent for _, sent, _, _ in found) == 12_000
+    size = len(labels)
+    found = ranks.run(size, mixed_and_not, tokens, dim, labels, weigh)
+    mixed, one_label = zip(*found, strict=True)
+    sent = sum(states for states, _, _, _ in mixed)
+    assert sent == (size - 1) * tokens * dim * 2
+    assert sent == 150_528_000 or size == 4
+    assert sum(weights for _, weights, _, _ in mixed) == (size - 1) * tokens * 4
+    assert [counts[:2] for counts in one_label] == [(0, 0)] * size
 
 
 def test_whole_groups_stay_where_they_are() -> None:
