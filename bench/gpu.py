@@ -23,6 +23,19 @@ def rows(record: Record) -> Iterator[tuple[str, str, str]]:
                 for point in entry.get(series, {}).get("points", []):
                     what = f"T={point['tokens']}, d={point['dim']}, G={point['rollouts']}"
                     yield name, f"{1e3 * point['time']['median']:.2f}", f"ms, {what}"
+        elif name.startswith("ceilings"):
+            for what, rate in entry["per_s"].items():
+                yield name, f"{rate / 1e12:.2f}", f"10^12 per second, {what}"
+        elif name.startswith("solver"):
+            yield name, f"{1e9 * entry['iteration_s']:.2f}", "ns, one iteration of one span pair"
+            rate = f"{entry['multiply_adds_per_s'] / 1e12:.2f}"
+            yield name, rate, "10^12 multiply-adds per second, solver"
+        elif name.startswith("overhead"):
+            yield name, f"{100 * entry['share']['value']:.3f}", "% of a training step"
+        elif name.startswith("survivors-"):
+            for row in entry["rows"]:
+                what = f"% solved, span {row['span']}, stride {row['stride']}, reg {row['reg']}"
+                yield name, f"{100 * row['solved'] / row['total']:.2f}", what
         for setting, part in [("", entry), *entry.get("settings", {}).items()]:
             for peer, facts in part.get("alternatives", {}).items():
                 if "over ours" in facts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from statistics import geometric_mean
 from typing import Any
@@ -16,52 +16,14 @@ import shear_ops
 from shear_ops import SpanConfig, SpanDistances
 from shear_ops.rollouts import load_rollouts, shipped_rollouts
 
+from .ceilings import ceilings, solver
 from .contest import OURS, Entry, own_setting, qualify
 from .jobs import NearestSpans, Problems
 from .peers import any_of, libraries, loops
 from .problems import CONFIG, SETTINGS, Group, real_span_pairs, synthetic_group
+from .sizes import Sizes
 from .timing import alternate, ratio, stage_seconds, summary
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is, and how long it may take; the defaults are the paper's sizes."""
-
-    tokens: int = 3000
-    dim: int = 3584
-    slice_spans: int = 2  # of the paper group, each against all of its opposing spans
-    small: tuple[int, int] = (400, 256)  # tokens, d
-    problems: int = 1000
-    sample: int = 40  # of them, on which settings are tried
-    threads: tuple[int, int] = (1500, 3584)
-    growth_tokens: tuple[int, ...] = (1000, 2000, 4000, 8000)  # at growth_dim
-    growth_dim: int = 1024
-    growth_dims: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)  # at growth_length
-    growth_length: int = 1000
-    peak: int = 2048
-    repeats: int = 5
-    limit_s: float = 30.0  # not repeated after this long in all; in a race, after half of it
-    give_up_s: float = 8.0  # a ladder ends where a setting takes longer than this on the sample
-    compiled: bool = True  # the hand-written loops
-    backend: str | None = None  # None: the one that is chosen for the device
-    growth_dtype: torch.dtype = torch.float32
-    growth_rollouts: tuple[int, ...] = ()  # at growth_length and growth_dim; 8 elsewhere
-
-
-QUICK = Sizes(
-    tokens=300, dim=64, small=(125, 32), problems=16, sample=8, threads=(200, 64),
-    growth_tokens=(200, 400), growth_dim=32, growth_dims=(32, 64), growth_length=200,
-    peak=256, repeats=2, limit_s=2.0, give_up_s=1.0, compiled=False,
-)  # fmt: skip
-GPU = Sizes(
-    growth_tokens=(1000, 2000, 4000, 8000, 16000), growth_dim=2048,
-    growth_dims=(2048, 3584, 8192), growth_length=3000, growth_rollouts=(8, 16),
-    growth_dtype=torch.bfloat16, peak=8192, limit_s=6.0, give_up_s=2.0,
-)  # fmt: skip
-GPU_QUICK = replace(
-    QUICK, tokens=125, small=(125, 32), growth_tokens=(100,), growth_length=100, growth_dims=(32,),
-    growth_rollouts=(4,), problems=4, sample=2, repeats=1, give_up_s=0.3,
-)  # fmt: skip
+from .training_step import overhead
 
 
 def paper_bf16(sizes: Sizes) -> Entry:
@@ -327,8 +289,8 @@ def growth(sizes: Sizes) -> Entry:
 
 
 def survivors(sizes: Sizes) -> Entry:
-    """Span pairs bounded away, abandoned and solved on the recorded real rollouts."""
-    rollouts = load_rollouts(shipped_rollouts())
+    """Span pairs bounded away, abandoned and solved on recorded real rollouts."""
+    rollouts = load_rollouts(sizes.rollouts or shipped_rollouts())
     configs = [SpanConfig(reg=reg) for reg in (0.01, 0.02, 0.03, 0.05, 0.1)] + [
         SpanConfig(span=span, stride=stride) for span in (80, 100, 120) for stride in (25, 50, 75)
     ]
@@ -344,7 +306,8 @@ def survivors(sizes: Sizes) -> Entry:
                 "mean_iterations": float(found.iterations.float().mean()),
             }
         )  # fmt: skip
-    return {"rollouts": len(rollouts), "tokens": len(rollouts.hidden), "rows": rows}
+    tokens, dim = rollouts.hidden.shape
+    return {"rollouts": len(rollouts), "tokens": tokens, "dim": dim, "rows": rows}
 
 
 ENTRIES: dict[str, Callable[[Sizes], Entry]] = {
@@ -354,5 +317,8 @@ ENTRIES: dict[str, Callable[[Sizes], Entry]] = {
     "paper-bf16": paper_bf16,
     "threads": threads,
     "growth": growth,
+    "solver": solver,
+    "ceilings": ceilings,
+    "overhead": overhead,
     "survivors": survivors,
 }

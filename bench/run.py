@@ -17,8 +17,9 @@ from shear_ops import backends
 
 from .contest import Entry
 from .interpreter import patch_once
-from .measure import ENTRIES, GPU, GPU_QUICK, QUICK, Sizes
+from .measure import ENTRIES
 from .record import RESULTS, ROOT, device_facts, run_facts, save, slug
+from .sizes import GPU, GPU_QUICK, QUICK, Sizes
 
 # What is measured has to be right: all of `sinkhorn`, and the group operators against float64 in
 # the dtypes that are measured.
@@ -26,7 +27,8 @@ TESTS = (
     "tests/test_sinkhorn.py", "tests/test_backends.py",
     "-k", "test_sinkhorn or (against_float64 and (float32 or bfloat16))",
 )  # fmt: skip
-ON_GPU = ("paper-bf16", "small", "sinkhorn", "growth", "survivors")
+NOT_ON_GPU = {"paper-fp32", "threads"}
+ON_GPU_ONLY = {"ceilings", "overhead"}
 QUICK_TESTS = ("tests/test_sinkhorn.py", "-k", "not pot")
 
 console = Console()
@@ -68,6 +70,12 @@ console = Console()
     help="Backend to measure; entries of one that is not the default of the device are recorded as "
     "NAME-BACKEND.  [default: that of the device]",
 )
+@click.option(
+    "--rollouts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Rollout file of the entry survivors, which is recorded as survivors-FILE.  "
+    "[default: the file that comes with the package]",
+)
 @click.option("--no-tests", is_flag=True, help="They have just passed.")
 def main(
     only: tuple[str, ...],
@@ -75,6 +83,7 @@ def main(
     out: Path | None,
     device: str,
     backend: str | None,
+    rollouts: Path | None,
     no_tests: bool,
 ) -> None:
     """Measure shear_ops on this machine and write the record.
@@ -96,16 +105,19 @@ def main(
     console.print(f"{facts_of_device['name']}, {torch.get_num_threads()} threads; {facts['tests']}")
     on_gpu = device != "cpu" or backend == "triton"
     sizes = (GPU_QUICK if quick else GPU) if on_gpu else (QUICK if quick else Sizes())
-    sizes = replace(sizes, backend=backend)
+    sizes = replace(sizes, backend=backend, rollouts=rollouts)
     torch.set_default_device(where)
     if backend == "triton" and backends.interpreted():
         patch_once()
     own = backend in (None, "cpu" if device == "cpu" else backends.on_gpu())
-    for name in only or (ON_GPU if on_gpu else ENTRIES):
+    left_out = NOT_ON_GPU if on_gpu else ON_GPU_ONLY
+    for name in only or (name for name in ENTRIES if name not in left_out):
         begin = time.perf_counter()
         entry = {"run": facts, **ENTRIES[name](sizes)}
         console.print(f"[bold]{name}[/bold], {time.perf_counter() - begin:.0f} s")
         show(entry)
+        if rollouts is not None and name == "survivors":
+            name = f"{name}-{rollouts.stem}"
         if out is not None:
             save(out, facts_of_device, name if own else f"{name}-{backend}", entry)
     if out is not None:

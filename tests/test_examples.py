@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,15 +38,25 @@ def test_trl_script(tmp_path: Path) -> None:
     assert "shear/mixed_groups" in printed
 
 
-def test_arithmetic_rollouts_can_be_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "width", "prompt"),
+    [((), 128, r"\d\d( [A-Za-h][-+*]\d){34}>"),
+     (("--problem-steps", "54", "--width", "64", "--layers", "1"), 64, r"\d\d( [AB][A-Za-z][-+*]\d){54}>")],
+    ids=["shipped", "longer"],
+)  # fmt: skip
+def test_arithmetic_rollouts_can_be_recorded(
+    options: tuple[str, ...], width: int, prompt: str, tmp_path: Path
+) -> None:
     out = tmp_path / "tiny.safetensors"
     done = subprocess.run(
-        [sys.executable, str(RECORD), "--steps", "2", "--groups", "1", "--any-group", "--out", str(out)],
+        [sys.executable, str(RECORD), "--steps", "2", "--groups", "1", "--any-group", "--out", str(out), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rollouts = load_rollouts(out)
     assert len(rollouts) == 8
     assert rollouts.hidden.dtype == torch.bfloat16
+    assert rollouts.hidden.shape[1] == width
     assert rollouts.vocabulary
     assert len(rollouts.prompts) == 8
+    assert all(re.fullmatch(prompt, text) for text in rollouts.prompts)

@@ -17,27 +17,15 @@ from model import ModelConfig, Transformer, sample
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from task import (
-    END,
-    STEPS,
-    TOKEN_OF,
-    VOCABULARY,
-    Problem,
-    Verdict,
-    decode,
-    encode,
-    sample_problem,
-    verify,
-)
+from task import END, Problem, Task, Verdict, verify
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 GROUP = 8
 MIXED = range(2, 7)  # correct rollouts of 8 in a recorded group
-LIMIT = 360  # tokens of a rollout; a right one has at most 344
 BATCH = 256  # arithmetic steps of a training batch, at most
 SHORT = 8  # steps of a problem in the first quarter of training
-RATE, WARM_UP = 1.5e-3, 100
+RATE, RATE_WIDTH, WARM_UP = 1.5e-3, 128, 100  # the rate falls with the width, as Adam wants it
 CHECK_EVERY, CHECK_GROUPS = 100, 8
 
 console = Console()
@@ -65,11 +53,11 @@ class Group:
         return sum(verdict.label == 1 for verdict in self.verdicts)
 
 
-def batch_of(seed: int, step: int, length: int) -> tuple[Tensor, Tensor]:
+def batch_of(task: Task, seed: int, step: int, length: int) -> tuple[Tensor, Tensor]:
     """Fresh problems of `length` steps as inputs and targets [B, T]; prompts are no targets."""
     rng = random.Random(f"train {seed} {step}")
-    problems = [sample_problem(rng, length) for _ in range(BATCH // length)]
-    texts = [torch.tensor(encode(p.prompt + p.completion)) for p in problems]
+    problems = [task.sample(rng, length) for _ in range(max(1, BATCH // length))]
+    texts = [torch.tensor(task.encode(p.prompt + p.completion)) for p in problems]
     tokens = pad_sequence(texts, batch_first=True, padding_value=0)
     targets = pad_sequence(texts, batch_first=True, padding_value=-100)
     targets[:, : len(problems[0].prompt)] = -100
@@ -79,15 +67,25 @@ def batch_of(seed: int, step: int, length: int) -> tuple[Tensor, Tensor]:
 def rate(step: int, steps: int) -> float:
     """Warm-up, then a cosine down to a tenth."""
     cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-    return RATE * min((step + 1) / WARM_UP, cosine)
+    return min((step + 1) / WARM_UP, cosine)
 
 
 def train(
-    model: Transformer, *, seed: int, steps: int, stop_at: float, checkpoint: Path | None
+    model: Transformer,
+    task: Task,
+    *,
+    seed: int,
+    steps: int,
+    stop_at: float,
+    minutes: float,
+    checkpoint: Path | None,
 ) -> Training:
-    """Next-token training for `steps`, or until the share `stop_at` of rollouts is correct."""
+    """Next-token training for `steps`, or until the share `stop_at` of rollouts is correct, or
+    until `minutes` are over.
+    """
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98))
+    highest = RATE * RATE_WIDTH / model.config.width
+    optimizer = torch.optim.AdamW(model.parameters(), lr=highest, betas=(0.9, 0.98))
     state = Training()
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device)
@@ -98,8 +96,9 @@ def train(
     before, began, losses = state.seconds, time.perf_counter(), []
     for step in track(range(state.step, 0 if state.finished else steps), "train", console=console):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
-        tokens, targets = batch_of(seed, step, SHORT if step < steps // 4 else STEPS)
+            group["lr"] = highest * rate(step, steps)
+        length = min(SHORT, task.steps) if step < steps // 4 else task.steps
+        tokens, targets = batch_of(task, seed, step, length)
         logits = model(tokens.to(device))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
         optimizer.zero_grad()
@@ -111,11 +110,12 @@ def train(
         if state.step % CHECK_EVERY and state.step < steps:
             continue
         if steps // 4 < state.step < steps:  # the last step ends training in any case
-            groups = sample_groups(model, f"check {seed} {step}", CHECK_GROUPS)
+            groups = sample_groups(model, task, f"check {seed} {step}", CHECK_GROUPS)
             state.share = sum(group.correct for group in groups) / (GROUP * CHECK_GROUPS)
         state.loss = torch.stack(losses).mean().item()
         state.seconds = before + time.perf_counter() - began
-        state.finished = state.step >= steps or state.share >= stop_at
+        late = state.seconds > 60 * minutes
+        state.finished = state.step >= steps or state.share >= stop_at or late
         losses.clear()
         console.print(
             f"step {state.step}: loss {state.loss:.4f} nats per token, "
@@ -129,42 +129,41 @@ def train(
     return state
 
 
-def sample_groups(model: Transformer, name: str, count: int) -> list[Group]:
+def sample_groups(model: Transformer, task: Task, name: str, count: int) -> list[Group]:
     """`count` groups at temperature 1; everything random in them follows from `name`."""
     rng = random.Random(name)
-    problems = [sample_problem(rng) for _ in range(count)]
-    prompts = torch.tensor([encode(p.prompt) for p in problems for _ in range(GROUP)])
+    problems = [task.sample(rng) for _ in range(count)]
+    prompts = torch.tensor([task.encode(p.prompt) for p in problems for _ in range(GROUP)])
     device = next(model.parameters()).device
     rows = sample(
         model,
         prompts.to(device),
-        limit=LIMIT,
-        end=TOKEN_OF[END],
+        limit=task.limit,
+        end=task.token_of[END],
         generator=torch.Generator().manual_seed(rng.randrange(2**62)),
     )
     groups = []
     for i, problem in enumerate(problems):
         own = rows[i * GROUP : (i + 1) * GROUP]
-        groups.append(Group(problem, own, [verify(problem, decode(row)) for row in own]))
+        groups.append(Group(problem, own, [verify(problem, task.decode(row)) for row in own]))
     return groups
 
 
-def sampled(model: Transformer, seed: int, most: int) -> Iterator[Group]:
+def sampled(model: Transformer, task: Task, seed: int, most: int) -> Iterator[Group]:
     """Groups in the order of their seeds, eight at a time."""
     for begin in range(0, most, 8):
-        yield from sample_groups(model, f"sample {seed} {begin}", min(8, most - begin))
+        yield from sample_groups(model, task, f"sample {seed} {begin}", min(8, most - begin))
 
 
 @torch.inference_mode()
-def rollout_hidden(model: Transformer, problem: Problem, rollout: list[int]) -> Tensor:
+def rollout_hidden(model: Transformer, prompt: list[int], rollout: list[int]) -> Tensor:
     """The state at each token of the rollout, after reading it: [T, width]."""
     device = next(model.parameters()).device
-    prompt = encode(problem.prompt)
     hidden = model.hidden(torch.tensor([prompt + rollout], device=device))
     return hidden[0, len(prompt) :].to("cpu", torch.bfloat16)
 
 
-def save(model: Transformer, groups: list[Group], source: str, out: Path) -> None:
+def save(model: Transformer, task: Task, groups: list[Group], source: str, out: Path) -> None:
     rollouts = [
         (group.problem, row, verdict)
         for group in groups
@@ -172,7 +171,9 @@ def save(model: Transformer, groups: list[Group], source: str, out: Path) -> Non
     ]
     lengths = torch.tensor([0] + [len(row) for _, row, _ in rollouts])
     tensors = {
-        "hidden": torch.cat([rollout_hidden(model, problem, row) for problem, row, _ in rollouts]),
+        "hidden": torch.cat(
+            [rollout_hidden(model, task.encode(p.prompt), row) for p, row, _ in rollouts]
+        ),
         "cu_seqlens": lengths.cumsum(0),
         "group_ids": torch.arange(len(groups)).repeat_interleave(GROUP),
         "labels": torch.tensor([v.label for *_, v in rollouts], dtype=torch.int8),
@@ -180,7 +181,7 @@ def save(model: Transformer, groups: list[Group], source: str, out: Path) -> Non
         "first_wrong": torch.tensor([v.first_wrong for *_, v in rollouts]),
     }
     metadata = {
-        "vocabulary": json.dumps(VOCABULARY),
+        "vocabulary": json.dumps(task.vocabulary),
         "source": source,
         "prompts": json.dumps([problem.prompt for problem, *_ in rollouts]),
     }
@@ -196,9 +197,13 @@ def save(model: Transformer, groups: list[Group], source: str, out: Path) -> Non
 @click.option(
     "--stop-at", default=0.5, help="Stop training once this share of rollouts is correct."
 )
+@click.option("--minutes", default=math.inf, help="Stop training after so long in any case.")
 @click.option("--groups", "wanted", default=11, help="Groups of 8 rollouts to record.")
 @click.option("--most", default=96, help="Groups to sample at most in search of mixed ones.")
 @click.option("--any-group", is_flag=True, help="Record all groups, not only 2 to 6 of 8 correct.")
+@click.option("--problem-steps", default=Task.steps, help="Operations of a problem.")
+@click.option("--width", default=128, help="Hidden dimension of the model, a multiple of 64.")
+@click.option("--layers", default=4, help="Layers of the model.")
 @click.option("--device", default="cpu", help="A torch device, such as cpu or cuda.")
 @click.option(
     "--checkpoint",
@@ -215,14 +220,18 @@ def main(
     seed: int,
     steps: int,
     stop_at: float,
+    minutes: float,
     wanted: int,
     most: int,
     any_group: bool,
+    problem_steps: int,
+    width: int,
+    layers: int,
     device: str,
     checkpoint: Path | None,
     out: Path,
 ) -> None:
-    """Train a small transformer on 34-step arithmetic, sample groups of 8 rollouts at
+    """Train a small transformer on multi-step arithmetic, sample groups of 8 rollouts at
     temperature 1, verify them, and record hidden states, labels and first wrong steps.
 
     Training stops early on purpose: groups must be mixed to be of use. The first groups with 2 to 6
@@ -230,16 +239,23 @@ def main(
 
     \b
     The shipped file:  python record.py --checkpoint model.pt --out arithmetic.safetensors
+    Longer rollouts:   python record.py --device cuda --problem-steps 100 --width 1024 --layers 8
     More groups:       python record.py --checkpoint model.pt --groups 50 --most 400
     In seconds:        python record.py --steps 2 --groups 1 --any-group --out tiny.safetensors
     """
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(len(VOCABULARY))).to(device)
-    training = train(model, seed=seed, steps=steps, stop_at=stop_at, checkpoint=checkpoint)
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high")
+    task = Task(problem_steps)
+    config = ModelConfig(len(task.vocabulary), width, layers, max(4, width // 64), task.context)
+    model = Transformer(config).to(device)
+    training = train(
+        model, task, seed=seed, steps=steps, stop_at=stop_at, minutes=minutes, checkpoint=checkpoint
+    )
 
     kept: list[Group] = []
     seen: list[Group] = []
-    for group in sampled(model, seed, most):
+    for group in sampled(model, task, seed, most):
         seen.append(group)
         if any_group or group.correct in MIXED:
             kept.append(group)
@@ -258,10 +274,11 @@ def main(
         )
     rule = "all groups" if any_group else "the first with 2 to 6 correct"
     source = (
-        f"examples/arithmetic/record.py --seed {seed}, {training.step} training steps, "
+        f"examples/arithmetic/record.py --seed {seed} --problem-steps {problem_steps} "
+        f"--width {width} --layers {layers}, {training.step} training steps, "
         f"temperature 1, {rule}: {len(kept)} of {len(seen)} groups"
     )
-    save(model, kept, source, out)
+    save(model, task, kept, source, out)
     console.print(f"{out}: {out.stat().st_size:,} bytes")
 
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 
 MODULUS = 100
-STEPS = 34
-NAMES = (string.ascii_uppercase + string.ascii_lowercase)[:STEPS]
 MULTIPLIERS = (3, 7, 9)
 END = "."
-VOCABULARY = list(string.digits + "+-*=:> " + END + NAMES)
-TOKEN_OF = {character: token for token, character in enumerate(VOCABULARY)}
+SPARE = 16  # tokens that a rollout may have beyond a right one
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,59 @@ def apply(value: int, op: str, operand: int) -> int:
     return result % MODULUS
 
 
-def sample_problem(rng: random.Random, steps: int = STEPS) -> Problem:
-    # A two-digit start gives every prompt the same length, so a batch needs no padding before ">".
-    start = rng.randrange(10, MODULUS)
-    first = rng.randrange(STEPS - steps + 1)  # shorter problems name their steps from anywhere
-    operations = []
-    for name in NAMES[first : first + steps]:
-        op = rng.choice("+-*")
-        operand = rng.choice(MULTIPLIERS) if op == "*" else rng.randrange(1, 10)
-        operations.append((name, op, operand))
-    return Problem(start, tuple(operations))
+@dataclass(frozen=True)
+class Task:
+    """Problems of a number of steps: their names, their characters and how long they get."""
+
+    steps: int = 34
+
+    @cached_property
+    def names(self) -> list[str]:
+        """One letter per step, two where there are not enough."""
+        letters = string.ascii_uppercase + string.ascii_lowercase
+        if self.steps <= len(letters):
+            return list(letters[: self.steps])
+        return ["".join(pair) for pair in product(letters, repeat=2)][: self.steps]
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Characters by token."""
+        return [*string.digits, *"+-*=:> ", END, *dict.fromkeys("".join(self.names))]
+
+    @cached_property
+    def token_of(self) -> dict[str, int]:
+        """Tokens by character."""
+        return {character: token for token, character in enumerate(self.vocabulary)}
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a rollout at most: `A:47+3=50 ` per step, the answer, and some to spare."""
+        return self.steps * len(f"{self.names[0]}:47+3=50 ") + len("=50.") + SPARE
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and a rollout at most, in whole blocks of 128."""
+        prompt = len("47") + self.steps * len(f" {self.names[0]}+3") + len(">")
+        return -(-(prompt + self.limit) // 128) * 128
+
+    def sample(self, rng: random.Random, steps: int | None = None) -> Problem:
+        """A problem of `steps` steps, at most and by default those of the task."""
+        steps = self.steps if steps is None else steps
+        # A two-digit start gives every prompt the same length: no padding before ">" in a batch.
+        start = rng.randrange(10, MODULUS)
+        first = rng.randrange(self.steps - steps + 1)  # names from anywhere
+        operations = []
+        for name in self.names[first : first + steps]:
+            op = rng.choice("+-*")
+            operand = rng.choice(MULTIPLIERS) if op == "*" else rng.randrange(1, 10)
+            operations.append((name, op, operand))
+        return Problem(start, tuple(operations))
+
+    def encode(self, text: str) -> list[int]:
+        return [self.token_of[character] for character in text]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.vocabulary[token] for token in tokens)
 
 
 def verify(problem: Problem, completion: str) -> Verdict:
@@ -91,11 +133,3 @@ def verify(problem: Problem, completion: str) -> Verdict:
     if lines[-1] == truth[-1]:
         return Verdict(1, -1, not whole)
     return Verdict(0, position, False)
-
-
-def encode(text: str) -> list[int]:
-    return [TOKEN_OF[character] for character in text]
-
-
-def decode(tokens: list[int]) -> str:
-    return "".join(VOCABULARY[token] for token in tokens)
