@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -25,10 +26,12 @@ from torch.overrides import TorchFunctionMode
 import ranks
 from shear_ops import SpanConfig, span_weights
 
-pytest.importorskip(
-    "megatron.core",
-    reason="megatron-core is not installed (make trainer-slime makes an environment with it)",
-)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Megatron misses Apex and Transformer Engine
+    pytest.importorskip(
+        "megatron.core.models.gpt.gpt_layer_specs",
+        reason="megatron-core is not installed (make trainer-slime makes an environment with it)",
+    )
 from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -48,6 +51,7 @@ sys.modules["slime.utils.ppo_utils"].get_grpo_returns = get_grpo_returns
 
 from shear_ops.integrations import slime as integration  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 DIM, VOCABULARY, GROUP = 16, 32, 4
 SPANS = {"span": 4, "stride": 2}
 SLIME = {

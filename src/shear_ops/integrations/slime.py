@@ -27,8 +27,8 @@ their reward, so they have a label, too; samples with ``remove_sample``, and tok
 is 0, take no part. Steps for ``weighting.warmup_steps`` count from the start of the process.
 
 Memory: between the pass and the advantages a rank keeps its part of all states, prompts included:
-tokens * d * 2 bytes in bfloat16, divided by the ranks of sequence and context parallelism. The ranks
-of a tensor- and context-parallel group share the computation.
+tokens * d * 2 bytes in bfloat16, divided by the ranks of sequence and context parallelism. The
+ranks of a tensor- and context-parallel group share the computation.
 
 Tested on the CPU: Megatron's GPTModel with tensor, sequence and pipeline parallelism (megatron-core
 0.16). Run with stubs: slime, and context parallelism, in both layouts. From source only: Ray, the
@@ -224,7 +224,8 @@ def _labels(data: dict[str, Any], threshold: float) -> list[int]:
         if reward is not None and not isinstance(reward, Real):
             raise TypeError(f"raw_reward must be a number (see --reward-key), got {reward!r}")
     values = [float("nan") if reward is None else float(reward) for reward in rewards]
-    return [int(label) for label in labels_from_rewards(torch.tensor(values), threshold)]
+    labels = labels_from_rewards(torch.tensor(values, dtype=torch.float64), threshold)
+    return [int(label) for label in labels]
 
 
 def _groups(args: Any, data: dict[str, Any]) -> list[int]:
