@@ -14,10 +14,12 @@ Hidden states come from the pass for the old log-probabilities, which ms-swift m
 micro-batch: no extra forward. Groups may be split over micro-batches and ranks; states are
 regrouped over the whole world. ``overlong_filter`` makes truncated rollouts ignored ones.
 
-Tested on a CPU with ms-swift's own pipeline, training and rollouts by transformers: full parameters
-and LoRA, a reference, all losses that it runs, micro-batches, num_iterations, dynamic_sample,
-evaluation, two processes. Tested with its check for flash attention off: padding_free. From source
-only: a GPU, vLLM (colocate, server, async_generate), scheduled turns, images, DeepSpeed, FSDP2.
+Tested on a CPU, with the pipeline of that command and rollouts by transformers: full parameters and
+LoRA, with a reference, loss_type grpo, bnpo, dr_grpo, dapo, cispo and sapo, groups split over
+micro-batches and two processes, num_iterations, dynamic_sample, evaluation. Run with stubs:
+padding_free (without the check for flash attention), masks with holes as tools make them. From
+source only: a GPU, vLLM (colocate, server, async_generate), scheduled turns, images, DeepSpeed,
+FSDP2, loss_type fipo and off_policy_sequence_mask_delta (both of which 4.6.0 itself refuses).
 
 Not supported: Megatron, Ray. Refused: the Liger loss, importance_sampling_level "sequence",
 loss_type "real", sequence_parallel_size, deepspeed_autotp_size, teachers, and schedulers that make
