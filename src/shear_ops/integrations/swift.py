@@ -21,9 +21,10 @@ padding_free (without the check for flash attention), masks with holes as tools 
 source only: a GPU, vLLM (colocate, server, async_generate), scheduled turns, images, DeepSpeed,
 FSDP2, loss_type fipo and off_policy_sequence_mask_delta (both of which 4.6.0 itself refuses).
 
-Not supported: Megatron, Ray. Refused: the Liger loss, importance_sampling_level "sequence",
-loss_type "real", sequence_parallel_size, deepspeed_autotp_size, teachers, and schedulers that make
-several samples of one request.
+Steps log ``shear/weight_mean`` and others; if they do not, SHEAR is off. It is with Megatron and
+Ray, which have trainers of their own and are not supported. Refused: the Liger loss,
+importance_sampling_level "sequence", loss_type "real", sequence_parallel_size,
+deepspeed_autotp_size, teachers, and schedulers that make several samples of one request.
 """
 
 from __future__ import annotations
