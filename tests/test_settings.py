@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from shear_ops import SpanConfig, Weighting
-from shear_ops.integrations.settings import Settings
+from shear_ops.integrations.settings import RewardSettings, Settings
 
 
 def test_parse() -> None:
@@ -40,3 +41,26 @@ def test_refuses(section: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as raised:
         Settings.parse(section)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names", "position"),
+    [(None, ["right"], 0), ("right", ["short", "right"], 1), (1, ["short", "right"], 1)],
+)
+def test_position_of_correctness(wanted: str | int | None, names: list[str], position: int) -> None:
+    assert RewardSettings(correctness=wanted).position_of_correctness(names) == position
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names", "message"),
+    [
+        (None, ["short", "right"], "reward_funcs has 2 functions (short, right): say which one"),
+        ("wrong", ["short", "right"], "one of the reward functions (short, right), got 'wrong'"),
+        ("right", ["right", "right"], "one of the reward functions (right, right), got 'right'"),
+        (2, ["short", "right"], "one of the reward functions (short, right), got 2"),
+        (-1, ["short", "right"], "one of the reward functions (short, right), got -1"),
+    ],
+)
+def test_refuses_positions(wanted: Any, names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RewardSettings(correctness=wanted).position_of_correctness(names)

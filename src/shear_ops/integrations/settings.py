@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -68,3 +68,45 @@ class Settings:
                     )
                 made[name] = kind(**given)
         return cls(**made)
+
+
+@dataclass(frozen=True)
+class RewardSettings(Settings):
+    """Settings for a trainer that scores rollouts with several reward functions.
+
+    Rollouts for which the reward function gave None are ignored: weight 1, and in no opposing set.
+
+    Args:
+        threshold, align, spans, weighting: as in Settings.
+        correctness: the reward function that says whether a rollout is correct, by name or by
+            position among the trainer's. May be left out if there is only one.
+
+    Raises:
+        TypeError, ValueError: naming the field, the value seen and the value wanted.
+    """
+
+    correctness: str | int | None = None
+
+    def position_of_correctness(self, names: Sequence[str]) -> int:
+        """Position of the reward function for correctness among those of a trainer.
+
+        Raises:
+            ValueError: if it is none of them, or if there are several and correctness is not set.
+        """
+        wanted, listed = self.correctness, ", ".join(names)
+        if wanted is None:
+            if len(names) > 1:
+                raise ValueError(
+                    f"reward_funcs has {len(names)} functions ({listed}): say which one tells "
+                    f"whether a rollout is correct, for example correctness={names[0]!r}. The sign "
+                    "of a mixed advantage does not: all wrong groups have positive ones, too"
+                )
+            return 0
+        if isinstance(wanted, int) and 0 <= wanted < len(names):
+            return wanted
+        if names.count(wanted) != 1:
+            raise ValueError(
+                f"correctness must be the name or the position of one of the reward functions "
+                f"({listed}), got {wanted!r}"
+            )
+        return names.index(wanted)

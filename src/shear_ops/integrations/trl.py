@@ -26,7 +26,8 @@ from trl import GRPOTrainer
 from .. import distributed
 from ..api import labels_from_rewards
 from ..capture import HiddenCapture, Recording
-from .settings import Settings
+from .metrics import log_weights
+from .settings import RewardSettings
 
 MODES = ("auto", "loss", "score")
 OLDEST_TRL = (0, 29)
@@ -38,23 +39,17 @@ _Base: Any = GRPOTrainer if TYPE_CHECKING else object
 
 
 @dataclass(frozen=True)
-class ShearConfig(Settings):
+class ShearConfig(RewardSettings):
     """How token weights are made in a GRPOTrainer.
 
-    Rollouts for which the reward function returned None are ignored: weight 1, and in no opposing
-    set.
-
     Args:
-        threshold, align, spans, weighting: as in Settings.
-        correctness: the reward function that says whether a rollout is correct, by name or
-            position among reward_funcs. May be left out if there is only one.
+        threshold, align, spans, weighting, correctness: as in RewardSettings.
         mode: ``"loss"``, ``"score"`` (see the module), or ``"auto"``: loss where it is possible.
 
     Raises:
         TypeError, ValueError: naming the field, the value seen and the value wanted.
     """
 
-    correctness: str | int | None = None
     mode: str = "auto"
 
     def __post_init__(self) -> None:
@@ -80,7 +75,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
     def _start_shear(self, config: ShearConfig | None) -> None:
         self.shear_config = config = ShearConfig() if config is None else config
         _refuse(self)
-        self._shear_correctness = _correctness(config.correctness, self.reward_func_names)
+        self._shear_correctness = config.position_of_correctness(self.reward_func_names)
         self._shear_mode = _mode(config.mode, self.args)
         self._shear_capture: HiddenCapture | None = None
         self._shear_scoring = False
@@ -188,20 +183,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         weights = torch.ones(mask.shape, device=mask.device)
         weights[mask] = found.weights
         batch["advantages"] = batch["advantages"][:, None] * weights
-        self._log_weights(found, self._metrics["train" if training else "eval"])
-
-    def _log_weights(self, found: distributed.GroupWeights, metrics: Any) -> None:
-        padded = self.accelerator.pad_across_processes(found.weights, pad_index=torch.nan)
-        weights = self.accelerator.gather(padded)
-        weights = weights[~weights.isnan()]
-        metrics["shear/mixed_groups"].append(found.mixed_groups / found.groups)
-        if weights.numel():
-            metrics["shear/weight_mean"].append(weights.mean().item())
-            # not torch.quantile, which takes 16 million at most
-            metrics["shear/weight_p95"].append(
-                weights.kthvalue(-(-weights.numel() * 95 // 100)).values.item()
-            )
-            metrics["shear/weight_max"].append(weights.max().item())
+        metrics = self._metrics["train" if training else "eval"]
+        log_weights(self.accelerator, found.weights, found, metrics)
 
 
 class ShearGRPOTrainer(ShearMixin, GRPOTrainer):  # type: ignore[misc]
@@ -252,26 +235,6 @@ def _refuse(trainer: Any) -> None:
             "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
             "rollout (newer versions of trl leave the loss alone)"
         )
-
-
-def _correctness(wanted: str | int | None, names: list[str]) -> int:
-    listed = ", ".join(names)
-    if wanted is None:
-        if len(names) > 1:
-            raise ValueError(
-                f"reward_funcs has {len(names)} functions ({listed}): say which one tells whether "
-                f"a rollout is correct, for example ShearConfig(correctness={names[0]!r}). The "
-                "sign of a mixed advantage does not: all wrong groups have positive ones, too"
-            )
-        return 0
-    if isinstance(wanted, int) and 0 <= wanted < len(names):
-        return wanted
-    if names.count(wanted) != 1:  # type: ignore[arg-type]
-        raise ValueError(
-            f"correctness must be the name or the position of one of the reward functions "
-            f"({listed}), got {wanted!r}"
-        )
-    return names.index(wanted)  # type: ignore[arg-type]
 
 
 def _mode(wanted: str, args: Any) -> str:
