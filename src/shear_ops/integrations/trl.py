@@ -10,6 +10,8 @@ trainer does anyway, where there is one:
   generation batch.
 
 Groups may lie on several ranks: states are regrouped over the whole world (shear_ops.distributed).
+
+With Unsloth, which replaces trl's trainer, see shear_ops.integrations.unsloth.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from trl import GRPOTrainer
 from .. import distributed
 from ..api import labels_from_rewards
 from ..capture import HiddenCapture, Recording
+from . import unsloth
 from .settings import Settings
 
 MODES = ("auto", "loss", "score")
@@ -81,7 +84,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self.shear_config = config = ShearConfig() if config is None else config
         _refuse(self)
         self._shear_correctness = _correctness(config.correctness, self.reward_func_names)
-        self._shear_mode = _mode(config.mode, self.args)
+        self._shear_unsloth = unsloth.applies(self)
+        self._shear_mode = _mode(config.mode, self.args, self._shear_unsloth)
         self._shear_capture: HiddenCapture | None = None
         self._shear_scoring = False
         self._shear_recording: Recording | None = None
@@ -102,6 +106,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self._shear_recording = None
         try:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if self._shear_unsloth:
+                unsloth.refuse_images(batch)
             size = batch["completion_ids"].shape[0]
             first = self.accelerator.process_index * size
             samples = torch.arange(first, first + size, device=batch["completion_ids"].device)
@@ -144,7 +150,10 @@ class ShearMixin(_Base):  # type: ignore[misc]
         wanted = inputs is not None or (self._shear_scoring and self._shear_recording is None)
         if not wanted or capture is None or model is self.ref_model or capture.reference_pass:
             return compute(*rest, **kwargs)
-        with capture.recording(attention_mask[:, -logits_to_keep:]) as recording:
+        mask = attention_mask[:, -logits_to_keep:]
+        if self._shear_unsloth:
+            mask = unsloth.scored(input_ids, attention_mask, logits_to_keep, self._shear_pad)
+        with capture.recording(mask) as recording:
             result = compute(*rest, **kwargs)
         if inputs is None:
             self._shear_recording = recording
@@ -152,6 +161,12 @@ class ShearMixin(_Base):  # type: ignore[misc]
             self._weigh(inputs, recording)  # trl reads the advantages after this forward
             self._shear_inputs = None
         return result
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's."""
+        if self._shear_unsloth:  # its loss is here, not in _compute_loss
+            inputs = unsloth.aligned(inputs, self._shear_pad)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if "shear_samples" not in inputs:  # weighted when scored
@@ -171,6 +186,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
     def _weigh(self, batch: dict[str, Any], recording: Recording) -> None:
         """Replace the advantages (B,) of a batch by weighted ones (B, C)."""
         completion = batch["completion_mask"].bool()
+        if self._shear_unsloth:
+            completion = unsloth.tokens(batch["completion_ids"], completion, self._shear_pad)
         mask = completion & batch["tool_mask"].bool() if "tool_mask" in batch else completion
         lengths = mask.sum(1).cumsum(0)
         training = self.model.training
@@ -189,6 +206,10 @@ class ShearMixin(_Base):  # type: ignore[misc]
         weights[mask] = found.weights
         batch["advantages"] = batch["advantages"][:, None] * weights
         self._log_weights(found, self._metrics["train" if training else "eval"])
+
+    @property
+    def _shear_pad(self) -> int:
+        return int(self.processing_class.pad_token_id)
 
     def _log_weights(self, found: distributed.GroupWeights, metrics: Any) -> None:
         padded = self.accelerator.pad_across_processes(found.weights, pad_index=torch.nan)
@@ -252,6 +273,8 @@ def _refuse(trainer: Any) -> None:
             "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
             "rollout (newer versions of trl leave the loss alone)"
         )
+    if unsloth.applies(trainer):
+        unsloth.refuse(trainer)
 
 
 def _correctness(wanted: str | int | None, names: list[str]) -> int:
@@ -274,7 +297,14 @@ def _correctness(wanted: str | int | None, names: list[str]) -> int:
     return names.index(wanted)  # type: ignore[arg-type]
 
 
-def _mode(wanted: str, args: Any) -> str:
+def _mode(wanted: str, args: Any, with_unsloth: bool) -> str:
+    if with_unsloth:
+        if wanted == "loss":
+            raise ValueError(
+                "mode must be 'score' or 'auto' with Unsloth, got 'loss': its loss makes no pass "
+                "that could be recorded"
+            )
+        return "score"
     whole = args.steps_per_generation == 1 and args.num_iterations == 1
     if wanted == "loss" and not whole:
         raise ValueError(
