@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from shear_ops import SpanConfig, labels_from_rewards, span_weights
+from shear_ops import SpanConfig, span_weights
 
 CACHE = tempfile.TemporaryDirectory()  # of generated code, which else goes where pytest was started
 os.environ |= {
@@ -45,11 +45,12 @@ from shear_ops.integrations import unsloth as layout  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, attach  # noqa: E402
 
 SPANS = SpanConfig(span=4, stride=2)
-SHEAR = ShearConfig(correctness="even", spans=SPANS)
+SHEAR = ShearConfig(correctness="odd", spans=SPANS)
 
 
-def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [float(len(ids) % 2 == 0) for ids in completion_ids]
+def odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Every other rollout is correct: all groups have both labels."""
+    return [float(place % 2) for place in range(len(completion_ids))]
 
 
 def low(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -89,7 +90,7 @@ def build(
     )
     keywords = {} if cls is GRPOTrainer else {"shear_config": shear}
     return cls(
-        model=model(lora), processing_class=tiny.tokenizer(), reward_funcs=[low, even], args=args,
+        model=model(lora), processing_class=tiny.tokenizer(), reward_funcs=[low, odd], args=args,
         train_dataset=prompts(), **keywords,
     )  # fmt: skip
 
@@ -147,18 +148,17 @@ def test_loss_has_the_weights_of_each_rollout(
     align: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against one forward per rollout, without padding, and span_weights; in the loss's layout."""
-    trainer = build(shear=ShearConfig(correctness="even", spans=SPANS, align=align), **config)
+    trainer = build(shear=ShearConfig(correctness="odd", spans=SPANS, align=align), **config)
     real, wanted = trainer._weigh, {}  # advantage times weight by token, of a rollout
 
     def weigh(batch: dict[str, Any], recording: Any) -> None:
         wanted.clear()
-        rows, states, rewards = [], [], []
+        rows, states = [], []
         for row in range(len(batch["advantages"])):
             prompt, completion = (
                 batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()]
                 for name in ("prompt", "completion")
             )
-            rewards += even([completion.tolist()])
             completion = completion[completion != 0]  # padding to Unsloth, wherever it is
             ids = torch.cat([prompt, completion])[None]
             with torch.no_grad():
@@ -169,7 +169,7 @@ def test_loss_has_the_weights_of_each_rollout(
         lengths = [len(ids) for ids in rows]
         weights = span_weights(
             torch.cat(states), cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-            group_ids=batch["shear_samples"] // 4, labels=labels_from_rewards(torch.tensor(rewards)),
+            group_ids=batch["shear_samples"] // 4, labels=batch["shear_samples"] % 2,
             config=SPANS,
         ).split(lengths)  # fmt: skip
         for ids, advantage, factors in zip(rows, batch["advantages"], weights, strict=True):
@@ -193,10 +193,12 @@ def test_loss_has_the_weights_of_each_rollout(
 
     widths: set[int] = set()
     monkeypatch.setattr(generated.UnslothEfficientGRPO, "apply", apply)
+    # a micro-batch of whole groups: prompts without padding, among log-probabilities with some
+    monkeypatch.setattr(generated, "shuffle_sequence_dict", lambda batch: batch)
     train(trainer)
     assert len(seen) >= 8
     assert max(widths) > 12  # prompts of unequal lengths were in one batch
-    assert any(bool((row != row[0]).any()) for row in seen)
+    assert sum(bool((row != row[0]).any()) for row in seen) > len(seen) / 2
 
 
 def test_evaluation() -> None:
@@ -226,7 +228,7 @@ def test_padding_inside_completions() -> None:
 
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="mode must be 'score' or 'auto' with Unsloth, got 'loss'"):
-        build(shear=ShearConfig(correctness="even", mode="loss"))
+        build(shear=ShearConfig(correctness="odd", mode="loss"))
     with pytest.raises(ValueError, match="prompts must be text with Unsloth, got pixel_values"):
         layout.refuse_images({"prompt_ids": 0, "pixel_values": 0})
     plain = build(GRPOTrainer)
