@@ -125,7 +125,7 @@ def test_weights_of_one_change_nothing(
     assert not torch.equal(wanted, before)
     weighted = build(**config)
     assert not torch.equal(train(weighted), wanted)
-    assert max(logged(weighted, "shear/weight_max")) > 1
+    assert any(mean != 1 for mean in logged(weighted, "shear/weight_mean"))
     real = integration.distributed.span_weights
 
     def ones(*args: Any, **kwargs: Any) -> Any:
