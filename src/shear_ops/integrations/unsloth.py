@@ -14,9 +14,9 @@ where Unsloth has the tokens. Its own loss has no pass that could be recorded, s
 costs one extra forward without gradients per generation batch where Unsloth makes none for the
 old log-probabilities or the reference.
 
-Tested on the CPU: Unsloth's generated trainer with trl 1.15.0 around a plain transformers model,
-scoring under torch.inference_mode. From source only: its patched models, LoRA, a GPU, vLLM, several
-processes. Not supported: images and video.
+Tested on the CPU: the trainer that Unsloth generates from trl 1.15.0, around a plain transformers
+model, all parameters and LoRA with a reference, scoring under torch.inference_mode. From source
+only: Unsloth's own patched models, a GPU, vLLM, several processes. Not supported: images and video.
 """
 
 from __future__ import annotations
