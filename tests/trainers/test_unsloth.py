@@ -175,6 +175,7 @@ def test_loss_has_the_weights_of_each_rollout(
         for ids, advantage, factors in zip(rows, batch["advantages"], weights, strict=True):
             wanted[tuple(ids)] = advantage * factors
         assert len(wanted) == len(rows)
+        assert recording.hidden.is_inference()  # which autograd would refuse in the loss
         real(batch, recording)
 
     trainer._weigh = weigh
