@@ -10,6 +10,8 @@ trainer does anyway, where there is one:
   generation batch.
 
 Groups may lie on several ranks: states are regrouped over the whole world (shear_ops.distributed).
+
+With Unsloth, which replaces trl's trainer, see shear_ops.integrations.unsloth.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ..api import labels_from_rewards
 from ..capture import HiddenCapture, Recording
 from .metrics import log_weights
 from .settings import RewardSettings
+from .unsloth import UnslothLayout, generated
 
 MODES = ("auto", "loss", "score")
 OLDEST_TRL = (0, 29)
@@ -75,8 +78,13 @@ class ShearMixin(_Base):  # type: ignore[misc]
     def _start_shear(self, config: ShearConfig | None) -> None:
         self.shear_config = config = ShearConfig() if config is None else config
         _refuse(self)
+        if generated(type(self)) and not isinstance(self, UnslothLayout):
+            raise TypeError(
+                "UnslothLayout must come before ShearMixin where Unsloth generated the trainer, "
+                f"got {type(self).__name__} without it: use attach"
+            )
         self._shear_correctness = config.position_of_correctness(self.reward_func_names)
-        self._shear_mode = _mode(config.mode, self.args)
+        self._shear_mode = self._shear_choose_mode(config.mode)
         self._shear_capture: HiddenCapture | None = None
         self._shear_scoring = False
         self._shear_recording: Recording | None = None
@@ -139,7 +147,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         wanted = inputs is not None or (self._shear_scoring and self._shear_recording is None)
         if not wanted or capture is None or model is self.ref_model or capture.reference_pass:
             return compute(*rest, **kwargs)
-        with capture.recording(attention_mask[:, -logits_to_keep:]) as recording:
+        mask = self._shear_recorded(input_ids, attention_mask, logits_to_keep)
+        with capture.recording(mask) as recording:
             result = compute(*rest, **kwargs)
         if inputs is None:
             self._shear_recording = recording
@@ -163,9 +172,27 @@ class ShearMixin(_Base):  # type: ignore[misc]
             self._shear_inputs = None
         return loss
 
+    def _shear_choose_mode(self, wanted: str) -> str:
+        whole = self.args.steps_per_generation == 1 and self.args.num_iterations == 1
+        if wanted == "loss" and not whole:
+            raise ValueError(
+                "mode must be 'score' or 'auto' where generation batches are split or used again "
+                f"(steps_per_generation = {self.args.steps_per_generation}, num_iterations = "
+                f"{self.args.num_iterations}), got 'loss': it needs whole groups in one micro-batch"
+            )
+        return wanted if wanted != "auto" else "loss" if whole else "score"
+
+    def _shear_recorded(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
+        """Where a forward over rows (B, S) has the tokens of their last columns, the completion."""
+        return attention_mask[:, -completion:]
+
+    def _shear_completion(self, batch: dict[str, Any]) -> Tensor:
+        """(B, C): the tokens of the completions of a batch."""
+        return batch["completion_mask"].bool()  # type: ignore[no-any-return]
+
     def _weigh(self, batch: dict[str, Any], recording: Recording) -> None:
         """Replace the advantages (B,) of a batch by weighted ones (B, C)."""
-        completion = batch["completion_mask"].bool()
+        completion = self._shear_completion(batch)
         mask = completion & batch["tool_mask"].bool() if "tool_mask" in batch else completion
         lengths = mask.sum(1).cumsum(0)
         training = self.model.training
@@ -187,7 +214,12 @@ class ShearMixin(_Base):  # type: ignore[misc]
         log_weights(self.accelerator, found.weights, found, metrics)
 
 
-class ShearGRPOTrainer(ShearMixin, GRPOTrainer):  # type: ignore[misc]
+def mixins(trainer: type) -> tuple[type, ...]:
+    """What goes before a class of GRPO trainers."""
+    return (UnslothLayout, ShearMixin) if generated(trainer) else (ShearMixin,)
+
+
+class ShearGRPOTrainer(*mixins(GRPOTrainer), GRPOTrainer):  # type: ignore[misc]
     """GRPOTrainer with SHEAR's token weights; takes shear_config=ShearConfig(...) besides."""
 
 
@@ -208,7 +240,7 @@ def attach(trainer: Trainer, shear_config: ShearConfig | None = None) -> Trainer
     if isinstance(trainer, ShearMixin):
         raise TypeError("trainer must not have SHEAR already")
     plain = type(trainer)
-    trainer.__class__ = type(f"Shear{plain.__name__}", (ShearMixin, plain), {})
+    trainer.__class__ = type(f"Shear{plain.__name__}", (*mixins(plain), plain), {})
     try:
         trainer._start_shear(shear_config)
     except ValueError:
@@ -235,14 +267,3 @@ def _refuse(trainer: Any) -> None:
             "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
             "rollout (newer versions of trl leave the loss alone)"
         )
-
-
-def _mode(wanted: str, args: Any) -> str:
-    whole = args.steps_per_generation == 1 and args.num_iterations == 1
-    if wanted == "loss" and not whole:
-        raise ValueError(
-            "mode must be 'score' or 'auto' where generation batches are split or used again "
-            f"(steps_per_generation = {args.steps_per_generation}, num_iterations = "
-            f"{args.num_iterations}), got 'loss': it needs whole groups in one micro-batch"
-        )
-    return wanted if wanted != "auto" else "loss" if whole else "score"
