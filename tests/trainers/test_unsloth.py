@@ -42,7 +42,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from shear_ops.integrations import trl as integration  # noqa: E402
 from shear_ops.integrations import unsloth as layout  # noqa: E402
-from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, attach  # noqa: E402
+from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, ShearMixin, attach  # noqa: E402
 
 SPANS = SpanConfig(span=4, stride=2)
 SHEAR = ShearConfig(correctness="odd", spans=SPANS)
@@ -107,7 +107,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 def test_this_is_unsloth() -> None:
     assert GRPOTrainer.__name__ == "UnslothGRPOTrainer"
     assert "compute_loss" in vars(GRPOTrainer.__mro__[1])
-    assert layout.applies(build())
+    assert layout.generated(type(build())) is GRPOTrainer
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,11 @@ def test_padding_inside_completions() -> None:
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="mode must be 'score' or 'auto' with Unsloth, got 'loss'"):
         build(shear=ShearConfig(correctness="odd", mode="loss"))
-    with pytest.raises(ValueError, match="prompts must be text with Unsloth, got pixel_values"):
-        layout.refuse_images({"prompt_ids": 0, "pixel_values": 0})
+    with pytest.raises(ValueError, match="prompts must be text with Unsloth, got a column image"):
+        build()._generate_and_score_completions([{"prompt": "1 + 1 =", "image": 0}])
+    mixed = type("Mixed", (ShearMixin, GRPOTrainer), {})
+    with pytest.raises(TypeError, match="UnslothLayout must come before ShearMixin"):
+        build(mixed)
     plain = build(GRPOTrainer)
     for name in layout.SWITCHES:
         with monkeypatch.context() as patch:

@@ -64,12 +64,15 @@ class UnslothLayout(_Base):  # type: ignore[misc]
     def _shear_recorded(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
         return scored(input_ids, attention_mask, completion, self._shear_pad)
 
-    def _shear_completion(self, batch: dict[str, Any]) -> Tensor:
-        if found := [name for name in batch if name.startswith("pixel_")]:
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if found := [name for name in ("image", "images") if name in inputs[0]]:
             raise ValueError(
-                f"prompts must be text with Unsloth, got {', '.join(found)}: its pass for "
+                f"prompts must be text with Unsloth, got a column {found[0]}: its pass for "
                 "log-probabilities has another layout with images"
             )
+        return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]
+
+    def _shear_completion(self, batch: dict[str, Any]) -> Tensor:
         return tokens(batch["completion_ids"], batch["completion_mask"], self._shear_pad)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
