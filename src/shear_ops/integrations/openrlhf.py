@@ -65,7 +65,7 @@ class ShearPolicyModelActor(_plain(ppo_actor.PolicyModelActor)):  # type: ignore
         sequences: Tensor,
         action_mask: Tensor,
         attention_mask: Tensor,
-        shear_rows: dict[str, list[int]],
+        shear_rows: dict[str, Any],
         **kwargs: Any,
     ) -> Any:
         """As PolicyModelActor; banks the states of the actions.
@@ -110,7 +110,7 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
     """RemoteExperienceMaker that multiplies advantages with token weights."""
 
     def make_experience(self, samples_list: list[Any]) -> list[Any]:
-        """As RemoteExperienceMaker, with shear_weights (B, S - 1) in the info of each experience."""
+        """As RemoteExperienceMaker, with shear_weights (B, S - 1) in info of the experiences."""
         group_size = self.args.rollout.n_samples_per_prompt
         threshold = self.args.shear.threshold
         rows = [_rows(samples, group_size, threshold) for samples in samples_list]
@@ -158,12 +158,14 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
             ]
         )
         logged = {
-            "weight_mean": taken.mean(), "weight_max": taken.max(), "mixed_groups": self._shear_mixed,
-        }  # fmt: skip
+            "weight_mean": taken.mean().item(),
+            "weight_max": taken.max().item(),
+            "mixed_groups": self._shear_mixed,
+        }
         for experience, part in zip(experiences, weights, strict=True):
             experience.advantages = experience.advantages * part
             for name, value in logged.items():  # OpenRLHF logs means over rollouts
-                experience.info[f"shear/{name}"] = torch.full((len(part),), float(value))
+                experience.info[f"shear/{name}"] = torch.full((len(part),), value)
         return experiences
 
 
