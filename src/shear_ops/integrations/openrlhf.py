@@ -46,17 +46,15 @@ from .settings import Settings
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
 
 
-def _plain(actor_class: Any) -> Any:
-    """The class that became a Ray actor class, which cannot be subclassed itself."""
-    return actor_class.__ray_metadata__.modified_class.__ray_actor_class__
+class ShearPolicy:
+    """For subclasses of PolicyModelActor: passes for log-probabilities bank the hidden states."""
 
-
-class ShearPolicyModelActor(_plain(ppo_actor.PolicyModelActor)):  # type: ignore[misc]
-    """PolicyModelActor whose passes for log-probabilities also bank the hidden states."""
+    strategy: Any
+    actor: Any
 
     def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """As PolicyModelActor."""
-        super().init_model_from_pretrained(strategy, *args, **kwargs)
+        super().init_model_from_pretrained(strategy, *args, **kwargs)  # type: ignore[misc]
         self._shear_capture = HiddenCapture(self.actor.model, align=strategy.args.shear.align)
         self._shear_bank = HiddenBank()
 
@@ -80,7 +78,7 @@ class ShearPolicyModelActor(_plain(ppo_actor.PolicyModelActor)):  # type: ignore
             first = sequences.shape[1] - action_mask.shape[1]
             mask = torch.nn.functional.pad(action_mask, (first, 0))[attention_mask.bool()][None]
         with self._shear_capture.recording(mask) as recording:
-            log_probs = super().forward(
+            log_probs = super().forward(  # type: ignore[misc]
                 sequences=sequences,
                 action_mask=action_mask,
                 attention_mask=attention_mask,
@@ -169,8 +167,11 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
         return experiences
 
 
-class _ShearTrainer:
+class ShearTrainer:
+    """For subclasses of BasePPOTrainer: with a ShearExperienceMaker."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer."""
         super().__init__(*args, **kwargs)
         trainer: Any = self
         trainer.experience_maker = ShearExperienceMaker(
@@ -182,14 +183,6 @@ class _ShearTrainer:
             trainer.strategy,
             trainer.tokenizer,
         )
-
-
-class ShearPPOTrainer(_ShearTrainer, _plain(ppo_trainer.PPOTrainer)):  # type: ignore[misc]
-    """PPOTrainer with a ShearExperienceMaker."""
-
-
-class ShearTrainingActor(_ShearTrainer, _plain(ppo_trainer_async.TrainingActor)):  # type: ignore[misc]
-    """TrainingActor of asynchronous training with a ShearExperienceMaker."""
 
 
 def _rows(samples: Any, group_size: int, threshold: float) -> dict[str, list[int]]:
@@ -243,9 +236,16 @@ def install(settings: Settings) -> None:
     Raises:
         ValueError: from get_strategy, as check.
     """
-    ppo_actor.PolicyModelActor = ray.remote(num_gpus=1)(ShearPolicyModelActor)
-    ppo_trainer.PPOTrainer = ray.remote(ShearPPOTrainer)
-    ppo_trainer_async.TrainingActor = ray.remote(ShearTrainingActor)
+    for module, name, mixin, gpus in (
+        (ppo_actor, "PolicyModelActor", ShearPolicy, 1),
+        (ppo_trainer, "PPOTrainer", ShearTrainer, 0),
+        (ppo_trainer_async, "TrainingActor", ShearTrainer, 0),
+    ):
+        # actor classes cannot be subclassed, so the class below; and it must not be importable:
+        # Ray sends that class by value, and a subclass found by name would have another base
+        plain = getattr(module, name).__ray_metadata__.modified_class.__ray_actor_class__
+        made = type(f"Shear{name}", (mixin, plain), {})
+        setattr(module, name, ray.remote(num_gpus=gpus)(made))
     make = openrlhf.utils.get_strategy
 
     def get_strategy(args: Any) -> Any:
