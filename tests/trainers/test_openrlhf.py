@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,9 @@ pytest.importorskip(
     reason="openrlhf is not installed (make trainer-openrlhf makes an environment with it)",
 )
 sys.path.insert(0, str(Path(__file__).parent / "openrlhf_stubs"))
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed  # noqa: F401
 import openrlhf.utils
 import ray
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
@@ -38,6 +42,8 @@ from openrlhf.trainer.ray.launcher import RayActorGroup
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from shear_ops.integrations import openrlhf as integration
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 STUBS = str(Path(__file__).parent / "openrlhf_stubs")
 SIZE, GROUP = 12, 4
@@ -70,9 +76,10 @@ def address() -> Iterator[str]:
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",  # Ray wants as many as it is told there are
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
+        "RAY_prestart_worker_first_driver": "0",  # only the processes that are needed
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    yield ray.init(num_cpus=16, num_gpus=8, include_dashboard=False).address_info["address"]
+    yield ray.init(num_cpus=8, num_gpus=8, include_dashboard=False).address_info["address"]
     ray.shutdown()
 
 
@@ -139,12 +146,11 @@ def steps(folder: Path, address: str, *more: str) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "more",
     [
-        (),
         ("--train.async_enable", "--shear.weighting.warmup_steps", "2"),
         ("--train.colocate_actor_ref", "--ref.num_gpus_per_node", "2", "--algo.kl.init_coef", "1e-3",
          "--algo.kl.use_loss", "--algo.kl.estimator", "k3"),
     ],
-    ids=["sync", "async", "reference"],
+    ids=["async", "reference"],
 )  # fmt: skip
 def test_command(folder: Path, address: str, more: tuple[str, ...]) -> None:
     """Two steps of training; a group straddles ranks. A warm-up counts the optimizer's steps."""
