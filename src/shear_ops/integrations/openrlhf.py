@@ -11,12 +11,17 @@
 ``scores`` come from the reward function, the reward server or the agent, before penalties for
 length; NaN is unscorable. Truncated rollouts have labels like others: OpenRLHF trains on them.
 
-OpenRLHF's Ray actors of the policy, and its trainers, are replaced by subclasses before its own
-command runs; settings travel in its arguments, so shear_ops must be installed on every node and
-nothing else is needed there. The pass for log-probabilities, which OpenRLHF makes anyway, also
-gives the hidden states; they are regrouped over the data-parallel ranks right after it, before the
-reference runs. Advantages are multiplied after they were whitened. Steps log
-``shear/weight_mean``, ``shear/weight_max`` and ``shear/mixed_groups``.
+The Ray actors of the policy and the trainers are replaced by subclasses before OpenRLHF's command
+runs. Settings travel in its arguments; shear_ops must be installed on every node. The pass for
+log-probabilities, which OpenRLHF makes anyway, also gives the hidden states; they are regrouped
+over the data-parallel ranks right after it, before the reference runs. Advantages are multiplied
+after whitening. Steps log ``shear/weight_mean``, ``shear/weight_max``, ``shear/mixed_groups``.
+
+Tested, on two CPU ranks with Ray, DeepSpeed and gloo: padded, packed and dynamic batches, LoRA with
+ZeRO-3, tensor parallelism, rollouts of several turns; the command, synchronous with a colocated
+reference and asynchronous. Stubs there: vLLM, flash-attn's padding, torch.cuda's calls. From
+source only: a GPU, nccl, several nodes, images, liger, sleep modes. Not supported: gspo; gae,
+reinforce and flash_reinforce; the KL penalty in rewards; reward models; ring attention.
 """
 
 from __future__ import annotations
