@@ -1,0 +1,326 @@
+"""SHEAR in OpenRLHF 0.11.2: a command in place of ``python -m openrlhf.cli.train_ppo_ray``.
+
+    python -m shear_ops.integrations.openrlhf --shear.threshold 0.5 \\
+        --algo.advantage.estimator group_norm <other arguments of openrlhf.cli.train_ppo_ray>
+
+    --shear.threshold    a rollout is correct if its score is at least this
+    --shear.align        as in HiddenCapture
+    --shear.spans.*      fields of SpanConfig
+    --shear.weighting.*  fields of Weighting
+
+``scores`` come from the reward function, the reward server or the agent, before penalties for
+length; NaN is unscorable. Truncated rollouts have labels like others: OpenRLHF trains on them.
+
+The Ray actors of the policy and the trainers are replaced by subclasses before OpenRLHF's command
+runs. Settings travel in its arguments; shear_ops must be installed on every node. The pass for
+log-probabilities, which OpenRLHF makes anyway, also gives the hidden states; they are regrouped
+over the data-parallel ranks right after it, before the reference runs. Advantages are multiplied
+after whitening. Steps log ``shear/weight_mean``, ``shear/weight_max``, ``shear/mixed_groups``.
+
+Tested, on two CPU ranks with Ray, DeepSpeed and gloo: padded, packed and dynamic batches, LoRA with
+ZeRO-3, tensor parallelism, rollouts of several turns; the command, synchronous with a colocated
+reference and asynchronous. Stubs there: vLLM, flash-attn's padding, torch.cuda's calls. From
+source only: a GPU, nccl, several nodes, images, liger, sleep modes. Not supported: gspo; gae,
+reinforce and flash_reinforce; the KL penalty in rewards; reward models; ring attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import openrlhf.utils
+import ray
+import torch
+from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.trainer.ray import ppo_actor
+from torch import Tensor
+
+from ..api import labels_from_rewards
+from ..bank import HiddenBank
+from ..capture import HiddenCapture
+from ..distributed import mixed_groups
+from .settings import Settings
+
+GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
+
+
+class ShearPolicy:
+    """For subclasses of PolicyModelActor: passes for log-probabilities bank the hidden states."""
+
+    strategy: Any
+    actor: Any
+
+    def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """As PolicyModelActor."""
+        super().init_model_from_pretrained(strategy, *args, **kwargs)  # type: ignore[misc]
+        self._shear_capture = HiddenCapture(self.actor.model, align=strategy.args.shear.align)
+        self._shear_bank = HiddenBank()
+
+    def forward(
+        self,
+        sequences: Tensor,
+        action_mask: Tensor,
+        attention_mask: Tensor,
+        shear_rows: dict[str, Any],
+        **kwargs: Any,
+    ) -> Any:
+        """As PolicyModelActor; banks the states of the actions.
+
+        Args:
+            sequences, attention_mask: (B, S). action_mask: (B, S - 1), of the tokens after the
+                first.
+            shear_rows: sample_ids, group_ids and labels, as in HiddenBank.add.
+        """
+        mask = action_mask
+        if self.actor.packing_samples:  # one row of all tokens that are not padding
+            first = sequences.shape[1] - action_mask.shape[1]
+            mask = torch.nn.functional.pad(action_mask, (first, 0))[attention_mask.bool()][None]
+        with self._shear_capture.recording(mask) as recording:
+            log_probs = super().forward(  # type: ignore[misc]
+                sequences=sequences,
+                action_mask=action_mask,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        lengths = action_mask.bool().sum(1)
+        self._shear_bank.add(
+            recording.hidden,
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            **shear_rows,
+        )
+        return log_probs
+
+    def shear_weights(self) -> dict[int, Tensor]:
+        """Token weights of this actor's rollouts by sample id, on the CPU. Collective."""
+        settings = self.strategy.args.shear
+        found = self._shear_bank.finalize(
+            self.strategy.ds_device_mesh["dp"].get_group(),
+            config=settings.spans,
+            weighting=settings.weighting,
+            step=self.actor.model.global_steps,
+        )
+        return {sample: weights.cpu() for sample, weights in found.weights.items()}
+
+
+class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
+    """RemoteExperienceMaker that multiplies advantages with token weights."""
+
+    def make_experience(self, samples_list: list[Any]) -> list[Any]:
+        """As RemoteExperienceMaker, with shear_weights (B, S - 1) in info of the experiences."""
+        group_size = self.args.rollout.n_samples_per_prompt
+        threshold = self.args.shear.threshold
+        rows = [_rows(samples, group_size, threshold) for samples in samples_list]
+        groups, labels = (
+            [value for row in rows for value in row[name]] for name in ("group_ids", "labels")
+        )
+        mixed = mixed_groups(groups, labels)
+        for row in rows:  # other groups have weights of 1, whatever their states
+            row["labels"] = [
+                label if group in mixed else -1
+                for group, label in zip(row["group_ids"], row["labels"], strict=True)
+            ]
+        self._shear_rows, self._shear_mixed = rows, len(mixed) / len(set(groups))
+        experiences: list[Any] = super().make_experience(samples_list)
+        replicas = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
+        weights: dict[int, Tensor] = {}
+        for part in ray.get(self._shear_refs)[::replicas]:
+            weights |= part
+        for experience in experiences:
+            full = torch.ones(experience.action_mask.shape)
+            full[experience.action_mask.bool()] = torch.cat([weights[i] for i in experience.index])
+            experience.info["shear_weights"] = full
+        return experiences
+
+    def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
+        if group is not self.actor_model_group:
+            return super()._dispatch_forward(group, sync_condition, **kwargs)
+        refs = super()._dispatch_forward(
+            group, sync_condition, shear_rows=self._shear_rows, **kwargs
+        )
+        self._shear_refs = group.async_run_method(method_name="shear_weights")
+        if sync_condition:  # other models run on the same GPUs: the bank must be empty by then
+            ray.get(self._shear_refs)
+            ray.get(group.async_run_method(method_name="empty_cache"))
+        return refs
+
+    def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
+        """As RemoteExperienceMaker; then multiplies the advantages."""
+        weights = [experience.info.pop("shear_weights") for experience in experiences]
+        experiences = super().compute_advantages_and_returns(experiences)
+        taken = torch.cat(
+            [
+                part[experience.action_mask.bool()]
+                for part, experience in zip(weights, experiences, strict=True)
+            ]
+        )
+        logged = {
+            "weight_mean": taken.mean().item(),
+            "weight_max": taken.max().item(),
+            "mixed_groups": self._shear_mixed,
+        }
+        for experience, part in zip(experiences, weights, strict=True):
+            experience.advantages = experience.advantages * part
+            for name, value in logged.items():  # OpenRLHF logs means over rollouts
+                experience.info[f"shear/{name}"] = torch.full((len(part),), value)
+        return experiences
+
+
+class ShearTrainer:
+    """For subclasses of BasePPOTrainer: with a ShearExperienceMaker."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer."""
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        trainer.experience_maker = ShearExperienceMaker(
+            trainer.actor_model_group,
+            trainer.critic_model_group,
+            trainer.reward_model_group,
+            trainer.reference_model_group,
+            trainer.kl_ctl,
+            trainer.strategy,
+            trainer.tokenizer,
+        )
+
+
+def _rows(samples: Any, group_size: int, threshold: float) -> dict[str, list[int]]:
+    if samples.scores is None:
+        raise ValueError(
+            "scores must be given with every rollout by the reward function, the reward server or "
+            "the agent with shear.*, got none: they tell whether a rollout is correct"
+        )
+    return {
+        "sample_ids": samples.index,
+        "group_ids": [index // group_size for index in samples.index],
+        "labels": labels_from_rewards(samples.scores, threshold).tolist(),
+    }
+
+
+def check(args: Any) -> None:
+    """Raise ValueError for arguments of OpenRLHF that SHEAR cannot work with, naming them."""
+    if not (found := version("openrlhf")).startswith("0.11."):
+        raise ValueError(f"openrlhf must be 0.11 with shear.*, got {found}: others were not read")
+    if (estimator := args.algo.advantage.estimator) not in GROUP_ESTIMATORS:
+        raise ValueError(
+            f"algo.advantage.estimator must be one of {', '.join(GROUP_ESTIMATORS)} with shear.*, "
+            f"got {estimator}: token weights compare the rollouts of a group"
+        )
+    if (loss := args.actor.policy_loss_type) != "ppo":
+        raise ValueError(
+            f"actor.policy_loss_type must be ppo with shear.*, got {loss}: with one ratio per "
+            "rollout, token weights reduce to their mean"
+        )
+    if args.algo.kl.init_coef > 0 and not args.algo.kl.use_loss:
+        raise ValueError(
+            "algo.kl.init_coef must be 0 with shear.*, or algo.kl.use_loss given, got "
+            f"{args.algo.kl.init_coef}: with the penalty in the rewards, token weights would "
+            "multiply it"
+        )
+    if not args.reward.remote_url:
+        raise ValueError(
+            "reward.remote_url or train.agent_func_path must be given with shear.*, got neither: "
+            "the reward of a model does not tell whether a rollout is correct"
+        )
+    if (ring := args.ds.ring_attn_size) != 1:
+        raise ValueError(
+            f"ds.ring_attn_size must be 1 with shear.*, got {ring}: each rank has a slice of the "
+            "hidden states of every rollout"
+        )
+
+
+def install(settings: Settings) -> None:
+    """Replace OpenRLHF's actor classes in this process, and its get_strategy, which checks first.
+
+    Raises:
+        ValueError: from get_strategy, as check.
+    """
+    for module, name, mixin, gpus in (
+        (ppo_actor, "PolicyModelActor", ShearPolicy, 1),
+        (ppo_trainer, "PPOTrainer", ShearTrainer, 0),
+        (ppo_trainer_async, "TrainingActor", ShearTrainer, 0),
+    ):
+        # actor classes cannot be subclassed, so the class below; and it must not be importable:
+        # Ray sends that class by value, and a subclass found by name would have another base
+        plain = getattr(module, name).__ray_metadata__.modified_class.__ray_actor_class__
+        made = type(f"Shear{name}", (mixin, plain), {})
+        setattr(module, name, ray.remote(num_gpus=gpus)(made))
+    make = openrlhf.utils.get_strategy
+
+    def get_strategy(args: Any) -> Any:
+        check(args)
+        args.shear = settings
+        return make(args)
+
+    openrlhf.utils.get_strategy = get_strategy
+
+
+def parse(arguments: list[str]) -> tuple[Settings, list[str]]:
+    """Take --shear.* off the command line; exits with a message if one is wrong.
+
+    Returns:
+        Settings, and the arguments for OpenRLHF.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m shear_ops.integrations.openrlhf",
+        usage="%(prog)s [--shear.NAME VALUE ...] <arguments of openrlhf.cli.train_ppo_ray>",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    names = []
+    for section, default in asdict(Settings()).items():
+        nested = default if isinstance(default, dict) else {"": default}
+        for name, value in nested.items():
+            names.append(f"{section}.{name}".rstrip("."))
+            parser.add_argument(
+                f"--shear.{names[-1]}",
+                dest=names[-1],
+                type=_value,
+                nargs=2 if name == "clip" else None,
+                metavar=("LOW", "HIGH") if name == "clip" else "VALUE",
+                default=argparse.SUPPRESS,
+                help=f"default {json.dumps(value)}",
+            )
+    given, rest = parser.parse_known_args(arguments)
+    if unknown := [argument for argument in rest if argument.startswith("--shear")]:
+        parser.error(f"--shear.* must be among {', '.join(names)}, got {', '.join(unknown)}")
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+    made: dict[str, Any] = {}
+    for path, value in vars(given).items():
+        section, _, name = path.partition(".")
+        if name:
+            made.setdefault(section, {})[name] = value
+        else:
+            made[section] = value
+    try:
+        return Settings.parse(made), rest
+    except (TypeError, ValueError) as error:
+        parser.error(f"--shear: {error}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def main() -> None:
+    """Run OpenRLHF's command with SHEAR."""
+    settings, sys.argv[1:] = parse(sys.argv[1:])
+    install(settings)
+    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    # this file as a module, which Ray's processes can import: classes of __main__ they cannot
+    from shear_ops.integrations.openrlhf import main as run
+
+    run()
