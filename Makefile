@@ -76,7 +76,7 @@ trainer-%: $(VENV)/installed
 	SHEAR_CUDA=OFF $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/trainers .
 	build/trainers/$*/bin/python -m pip install --quiet --no-deps --force-reinstall build/trainers/shear_ops-*.whl
 	{ date -u +%F; build/trainers/$*/bin/python -m pip list --format=freeze; \
-	  build/trainers/$*/bin/python -m pytest -v --no-header --disable-warnings -p no:cacheprovider tests/trainers/test_$(firstword $(subst -, ,$*)).py; } \
+	  build/trainers/$*/bin/python -m pytest -v --no-header --disable-warnings -p no:cacheprovider tests/trainers/test_$(firstword $(subst -, ,$*))*.py; } \
 	  > build/trainers/$*.txt || { tail -n 80 build/trainers/$*.txt; exit 1; }
 	mkdir -p tests/trainers/records && cp build/trainers/$*.txt tests/trainers/records/
 

@@ -10,23 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-import ranks
 import tiny
-from shear_ops import SpanConfig, Weighting, span_weights
+from shear_ops import Weighting, span_weights
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
 
+import grpo  # noqa: E402
+from grpo import SPANS, build, logged, train  # noqa: E402
 from shear_ops.integrations import trl as integration  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, attach  # noqa: E402
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
-SPANS = SpanConfig(span=4, stride=2)
 
 
 @pytest.fixture(autouse=True)
 def work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # transformers 4 writes bf16=True here and reads it as the default of every later trainer, also of spawned ranks
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 @pytest.fixture
@@ -39,49 +41,6 @@ def ones(monkeypatch: pytest.MonkeyPatch) -> None:
         return found._replace(weights=torch.ones_like(found.weights))
 
     monkeypatch.setattr(integration.distributed, "span_weights", span_weights)
-
-
-def build(
-    cls: Any,
-    mode: str = "auto",
-    *,
-    model: Any = None,
-    rewards: Any = None,
-    shear: Any = None,
-    peft: Any = None,
-    **config: Any,
-) -> Any:
-    arguments = {
-        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12, "max_steps": 2,
-        "learning_rate": 1e-2, "logging_steps": 1, "gradient_accumulation_steps": 1, "seed": 1,
-        "bf16": False, **config,
-    }  # fmt: skip
-    args = GRPOConfig(
-        "out",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        **arguments,
-    )
-    keywords: dict[str, Any] = {"peft_config": peft} if peft is not None else {}
-    if cls is not GRPOTrainer:
-        keywords["shear_config"] = shear or ShearConfig(mode=mode, spans=SPANS)
-    return cls(
-        model=tiny.model() if model is None else model,
-        processing_class=tiny.tokenizer(),
-        reward_funcs=tiny.correct if rewards is None else rewards,
-        args=args, train_dataset=tiny.prompts(), **keywords,
-    )  # fmt: skip
-
-
-def train(trainer: Any) -> Tensor:
-    trainer.train()
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def test_score_mode_is_like_loss_mode_when_shuffled() -> None:
@@ -324,58 +283,8 @@ def test_loss_without_a_forward_of_the_policy() -> None:
         attach(trainer, ShearConfig(mode="loss")).train()
 
 
-def train_on_ranks(
-    rank: int, size: int, folder: str, cls: Any = ShearGRPOTrainer
-) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Twelve given rollouts in groups of 4: with two ranks, group 1 straddles them."""
-    import os
-
-    os.chdir(folder)
-    per_device = 12 // size
-    exact = SpanConfig(
-        span=4, stride=2, tol=1e-6, n_iters=2000
-    )  # last bits do not change iterations
-    trainer = build(
-        cls,
-        shear=ShearConfig(mode="score", spans=exact),
-        per_device_train_batch_size=per_device,
-        optim="sgd",
-        learning_rate=0.5,
-    )
-    steps = iter(range(100))
-
-    def generate(input_ids: Tensor, **_: Any) -> Tensor:
-        step = next(steps)
-        made = []
-        for row in range(rank * per_device, (rank + 1) * per_device):
-            generator = torch.Generator().manual_seed(100 * step + row)
-            made.append(torch.randint(3, 20, (12,), generator=generator))
-        return torch.cat([input_ids, torch.stack(made)], 1)
-
-    trainer.model.generate = generate
-    weights = []
-    real = integration.distributed.span_weights
-
-    def span_weights(*args: Any, **kwargs: Any) -> Any:
-        found = real(*args, **kwargs)
-        weights.append(found.weights)
-        return found
-
-    integration.distributed.span_weights = span_weights
-    try:
-        return train(trainer), weights, logged(trainer, "shear/mixed_groups")
-    finally:
-        integration.distributed.span_weights = real
-
-
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    wanted, whole, mixed = train_on_ranks(0, 1, str(tmp_path))
-    first, second = ranks.run(2, train_on_ranks, 2, str(tmp_path))
-    assert max(mixed) > 0
-    assert first[2] == second[2] == mixed
-    assert torch.equal(first[0], second[0])
-    for step in range(2):
-        both = torch.cat([first[1][step], second[1][step]])
-        torch.testing.assert_close(both, whole[step], rtol=1e-4, atol=1e-6)
-        assert bool((both != 1).any())
-    torch.testing.assert_close(first[0], wanted, rtol=1e-3, atol=1e-5)
+    modes: list[Any] = [("score", dict), ("loss", dict)]
+    for alone, found in grpo.on_one_and_two_ranks(tmp_path, modes, modes):
+        assert found[0].trainer == ("DistributedDataParallel", "MULTI_CPU")
+        grpo.assert_equal_runs(alone, found)

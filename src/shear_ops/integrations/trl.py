@@ -12,6 +12,15 @@ trainer does anyway, where there is one:
 Groups may lie on several ranks: states are regrouped over the whole world (shear_ops.distributed).
 
 With Unsloth, which replaces trl's trainer, see shear_ops.integrations.unsloth.
+
+Tested on CPUs with trl 0.29.0, 1.0.0, 1.9.0 and 1.16.0: all losses; two ranks equal one process
+under DDP, FSDP2 (also with LoRA and a reference; accelerate was told that the CPU is an
+accelerator) and, with trl 1.16.0, DeepSpeed ZeRO-2 and ZeRO-3; prompts with an image (Qwen2-VL).
+Runs with stubs: use_vllm with a server, whose answers are made up (not with trl 1.0.0). From
+source only: FSDP1 and a vLLM engine in the same process, which need a GPU.
+
+Not supported, and refused: trl before 0.29; importance_sampling_level other than "token";
+use_liger_kernel where trl's Liger loss takes one advantage per rollout.
 """
 
 from __future__ import annotations
