@@ -65,8 +65,10 @@ def details(record: Record) -> str:
         if name in entries:
             parts += [_paper(name, entries[name]), roofline(entries[name])]
     parts += [_alternatives(name, entry) for name, entry in entries.items()]
-    if "survivors" in entries:
-        parts.append(_survivors(entries["survivors"]))
+    for name, entry in entries.items():
+        kind = name.partition("-")[0]
+        if kind in OTHERS:
+            parts.append(f"#### {name}\n\n{OTHERS[kind](entry)}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -205,5 +207,34 @@ def _survivors(entry: Entry) -> str:
                      f"{row['mean_iterations']:.0f}"])  # fmt: skip
     header = ["span", "stride", "reg", "span pairs", "bounded away", "abandoned",
               "solved to the end", "of these stopped at n_iters", "iterations"]  # fmt: skip
-    title = f"#### Survivors on the {entry['rollouts']} recorded real rollouts"
-    return f"{title} ({entry['tokens']:,} tokens)\n\n{table(header, rows)}"
+    dim = f", d = {entry['dim']}" if "dim" in entry else ""
+    about = f"{entry['rollouts']} recorded real rollouts, {entry['tokens']:,} tokens{dim}."
+    return f"{about}\n\n{table(header, rows)}"
+
+
+def _solver(entry: Entry) -> str:
+    return (
+        f"One Sinkhorn iteration of one pair of spans of {entry['sizes']['span']} tokens takes "
+        f"{number(1e9 * entry['iteration_s'])} ns where all of the device works on "
+        f"{entry['sizes']['pairs']:,} pairs: {number(entry['multiply_adds_per_s'] / 1e9)} GFMA/s."
+    )
+
+
+def _ceilings(entry: Entry) -> str:
+    rows = [[name, number(rate / 1e9)] for name, rate in entry["per_s"].items()]
+    return table(["ceiling", "10^9 per second"], rows)
+
+
+def _overhead(entry: Entry) -> str:
+    size = entry["sizes"]
+    share = number(100 * entry["share"]["value"])
+    return (
+        f"{size['groups']} groups of {size['rollouts']} x {size['tokens']} tokens take "
+        f"{_seconds(entry['times']['shear_ops'])} s, {share} % of forward and backward of "
+        f"{size['layers']} layers: {_seconds(entry['step_s'])} s, one layer on one group multiplied."
+    )
+
+
+OTHERS = {
+    "survivors": _survivors, "solver": _solver, "ceilings": _ceilings, "overhead": _overhead,
+}  # fmt: skip

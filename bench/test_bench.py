@@ -128,7 +128,7 @@ def quick_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A whole record at tiny sizes, of the entries that need no compiler and no library."""
     path = tmp_path_factory.mktemp("bench") / "record.json"
     before = files()
-    wanted = ["paper-bf16", "growth", "survivors"]
+    wanted = ["paper-bf16", "growth", "survivors", "solver"]
     arguments = ["--quick", "--out", str(path), *(f"--only={name}" for name in wanted)]
     result = CliRunner().invoke(run.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -208,6 +208,7 @@ def test_report_of_a_record(quick_record: dict[str, Any], tmp_path: Path) -> Non
 
     text = report.details_block({"this": content})
     assert f"{content['entries']['survivors']['rows'][0]['total']:,}" in text
+    assert f"{tables.number(1e9 * content['entries']['solver']['iteration_s'])} ns" in text
     drawn = {path.name for path in draw("this", content, tmp_path)}
     assert drawn == {f"this-{plot}.svg" for plot in report.plots_of(content)}
     assert drawn == {p.name for p in tmp_path.iterdir()}
