@@ -35,7 +35,7 @@ def rows(record: Record) -> Iterator[tuple[str, str, str]]:
         elif name.startswith("survivors-"):
             for row in entry["rows"]:
                 what = f"% solved, span {row['span']}, stride {row['stride']}, reg {row['reg']}"
-                yield name, f"{100 * row['solved'] / row['total']:.2f}", what
+                yield name, f"{100 * row['solved'] / max(row['total'], 1):.2f}", what
         for setting, part in [("", entry), *entry.get("settings", {}).items()]:
             for peer, facts in part.get("alternatives", {}).items():
                 if "over ours" in facts:

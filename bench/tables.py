@@ -200,7 +200,7 @@ def _survivors(entry: Entry) -> str:
     rows = []
     for row in entry["rows"]:
         shares = [
-            f"{row[k]:,} ({100 * row[k] / row['total']:.0f} %)"
+            f"{row[k]:,} ({100 * row[k] / max(row['total'], 1):.0f} %)"
             for k in ("bounded", "abandoned", "solved", "stopped")
         ]
         rows.append([row["span"], row["stride"], row["reg"], f"{row['total']:,}", *shares,
@@ -231,7 +231,7 @@ def _overhead(entry: Entry) -> str:
     return (
         f"{size['groups']} groups of {size['rollouts']} x {size['tokens']} tokens take "
         f"{_seconds(entry['times']['shear_ops'])} s, {share} % of forward and backward of "
-        f"{size['layers']} layers: {_seconds(entry['step_s'])} s, one layer on one group multiplied."
+        f"{size['layers']} layers, of which one was measured: {_seconds(entry['step_s'])} s."
     )
 
 
