@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench lint format emulated interpreted sanitized oldest-torch clean
+.PHONY: demo test bench lint format emulated interpreted sanitized clean
 
 demo: $(VENV)/installed
 	$(BIN)/shear-ops demo
@@ -59,12 +59,14 @@ sanitized: $(VENV)/installed
 	PYTHONPATH=build/sanitized LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest -q -s tests/test_backends.py -k against_float64
 
-# Compiles against the headers of the oldest supported torch (a download of 0.9 GB, so not part of `make test`).
-oldest-torch: $(VENV)/dependencies
-	$(BIN)/python -m pip download --quiet --no-deps --dest build/oldest torch==2.10.0
-	cd build/oldest && unzip -q -o torch-2.10.0*.whl 'torch/include/*' torch/lib/libtorch.so torch/lib/libtorch_cpu.so
-	TORCH_DIR=$(CURDIR)/build/oldest/torch $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
-	  --config-settings=build-dir=build/oldest/cmake --wheel-dir build/oldest .
+# Another torch, built against and tested on: make torch-2.10.0, the oldest. A CUDA build of about 3 GB, so not part of `make test`.
+torch-%: requirements-dev.txt
+	$(PYTHON) -m venv build/torch/$*
+	grep -E '^(numpy|scikit|pybind11|cmake|ninja|click|rich|safetensors|matplotlib|POT|scipy|pytest=|hypothesis)' requirements-dev.txt > build/torch/$*.txt
+	build/torch/$*/bin/python -m pip install --quiet torch==$* --requirement build/torch/$*.txt
+	SHEAR_CUDA=OFF build/torch/$*/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	build/torch/$*/bin/python -m pytest -q -p no:cacheprovider --disable-warnings $(addprefix tests/test_,$(addsuffix .py,\
+	  backends torch_op api sinkhorn plan package distributed))
 
 # A trainer in an environment of its own, since its requirements exclude those of the tests (1 to 2 GB): make trainer-verl. It is one of
 # tests/trainers/environments/*.txt; those of *.no-deps.txt come without their dependencies, which want a GPU. Writes tests/trainers/records.

@@ -89,10 +89,6 @@ class _Call(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.packed.hidden, self.packed.cu_seqlens, self.group_ids, self.labels
 
-    @property
-    def operators(self) -> Any:
-        return backends.operators(self.backend)
-
 
 def _prepare(
     hidden: Tensor,
@@ -166,7 +162,8 @@ def span_weights(
     if call.backend == "reference":
         weights = reference.span_weights(*call.tensors(), **asdict(config)).float()
     else:
-        weights = call.operators.span_weights(*call.tensors(), **config.op_arguments())
+        operators = backends.operators(call.backend)
+        weights = operators.span_weights(*call.tensors(), **config.op_arguments())
     return call.packed.restore(weights, fill=1.0)
 
 
@@ -245,7 +242,8 @@ def span_distances(
     call = _prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
     if call.backend == "reference":
         return _reference_distances(call, config)
-    distance, nearest, residual, iterations, spans, pairs = call.operators.span_distances(
+    operators = backends.operators(call.backend)
+    distance, nearest, residual, iterations, spans, pairs = operators.span_distances(
         *call.tensors(), **config.op_arguments(), prune=prune
     )
     counts = PairCounts(*(int(n) for n in pairs.tolist()))

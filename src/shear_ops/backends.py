@@ -20,19 +20,23 @@ DISTANCES = {
 GPUS = ("cuda", "xpu")  # device types of torch; AMD GPUs are "cuda" too
 
 
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+
 def status() -> dict[str, str | None]:
     """Return each backend's name and None if it can be used here, else the reason why not."""
-    return {
-        "cpu": None,
-        "cuda": cuda.why_not(),
-        "triton": _triton(),
-        "reference": None,
-    }
+    return {name: why_not(name) for name in BACKENDS}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # cannot be traced
+def why_not(backend: str) -> str | None:
+    """Return None if a backend can be used here, else the reason."""
+    return {"cuda": cuda.why_not, "triton": _triton}.get(backend, lambda: None)()
 
 
 def on_gpu() -> str:
     """Return the backend that is chosen for tensors on an NVIDIA GPU."""
-    return "cuda" if status()["cuda"] is None else "triton"
+    return "cuda" if why_not("cuda") is None else "triton"
 
 
 def interpreted() -> bool:
@@ -55,7 +59,6 @@ def choose(backend: str | None, device: torch.device, distance: str, name: str =
     CUDA backend or else Triton, and the float64 reference for a distance that only the reference
     has. It never moves or slows down a call in silence: on a device without a backend it raises.
     """
-    available = status()
     if backend is None:
         if distance == "exact":
             return "reference"
@@ -63,18 +66,18 @@ def choose(backend: str | None, device: torch.device, distance: str, name: str =
             return "cpu"
         candidates = {"cuda": ("cuda", "triton"), "xpu": ("triton",)}.get(device.type, ())
         for candidate in candidates:
-            if available[candidate] is None and distance in DISTANCES[candidate]:
+            if why_not(candidate) is None and distance in DISTANCES[candidate]:
                 return candidate
-        reasons = "; ".join(f"{n}: {available[n] or 'not for ' + distance}" for n in candidates)
+        reasons = "; ".join(f"{n}: {why_not(n) or 'not for ' + distance}" for n in candidates)
         reasons = reasons or "only GPUs of NVIDIA, AMD and Intel have one"
         raise ValueError(
             f"{name} is on {device}, for which there is no backend here ({reasons}): move it "
             "to the CPU, or pass backend='reference' (float64, any device, slow)"
         )
-    if backend not in available:
-        raise ValueError(f"backend must be one of {', '.join(available)} or None, got {backend!r}")
-    if available[backend] is not None:
-        raise ValueError(f"backend {backend!r} is not available: {available[backend]}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if (reason := why_not(backend)) is not None:
+        raise ValueError(f"backend {backend!r} is not available: {reason}")
     wanted = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if interpreted() else GPUS}
     if device.type not in wanted.get(backend, (device.type,)):
         where = "the CPU" if wanted[backend] == ("cpu",) else "a GPU"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 # The position of a name is its enumerator in csrc/problem.h.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -75,11 +75,8 @@ class SpanConfig:
 
     def op_arguments(self) -> dict[str, int | float | bool]:
         """Return the keyword arguments of torch.ops.shear: names become enumerators."""
-        values = asdict(self)
-        return {
-            f.name: CHOICES[f.name].index(values[f.name]) if f.name in CHOICES else values[f.name]
-            for f in fields(self)
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {name: CHOICES[name].index(values[name]) for name in CHOICES}
 
 
 def check_count(name: str, value: object) -> None:

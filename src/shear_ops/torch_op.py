@@ -72,7 +72,7 @@ for _name in NAMES:
 
 def _in_triton(name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if (why_not := backends.status()["triton"]) is not None:
+        if (why_not := backends.why_not("triton")) is not None:
             raise RuntimeError(f"shear::{name} has no GPU kernel here: {why_not}")
         ops = importlib.import_module(".triton.ops", __package__)  # Triton is an extra
         return getattr(ops, name)(*args, **kwargs)
