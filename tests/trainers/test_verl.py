@@ -18,6 +18,7 @@ pytest.importorskip(
 import verl.workers.engine.fsdp.transformer_impl as fsdp
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import entropy_from_logits
 from verl.workers.engine import EngineRegistry
@@ -27,7 +28,11 @@ from shear_ops.integrations import verl as integration
 SIZE, GROUP = 8, 4
 SPANS = {"span": 4, "stride": 2}
 CONFIG = OmegaConf.create(
-    {"algorithm": {"adv_estimator": "grpo"}, "shear": {"threshold": 0.5, "spans": SPANS}}
+    {
+        "algorithm": {"adv_estimator": "grpo"},
+        "actor_rollout_ref": {"actor": {"strategy": "fsdp2"}},
+        "shear": {"threshold": 0.5, "spans": SPANS},
+    }
 )
 
 
@@ -209,6 +214,10 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
             {"shear": {"treshold": 1}},
             "must be among threshold, align, spans, weighting, got treshold",
         ),
+        (
+            {"actor_rollout_ref": {"actor": {"strategy": "megatron"}}},
+            "actor.strategy must be fsdp or fsdp2 with shear.*, got megatron",
+        ),
         ({"shear": {"spans": {"span": 0}}}, "span must be in"),
         ({"shear": {"align": "next"}}, "align must be token or predictor, got 'next'"),
     ],
@@ -218,8 +227,41 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
         integration.flag_of(OmegaConf.merge(CONFIG, change), 0)
 
 
+def test_trainer_refuses_when_it_is_made() -> None:
+    cls = type("Patched", (Trainer,), dict(vars(Trainer)))
+    integration._install(cls)
+    cls(CONFIG)
+    with pytest.raises(ValueError, match="span must be in"):
+        cls(OmegaConf.merge(CONFIG, {"shear": {"spans": {"span": 0}}}))
+
+
+def legacy(cls: type, config: Any) -> Any:
+    """A trainer of verl with a configuration, and without what it does with it."""
+    made = cls.__new__(cls)
+    made.config = config
+    return made
+
+
+@pytest.mark.parametrize("method", ["__init__", "_update_actor"])
+def test_legacy_trainer_refuses(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Legacy(RayPPOTrainer):
+        pass
+
+    monkeypatch.setattr(Legacy, method, lambda self: "done")
+    integration._refuse(Legacy, method)
+    with pytest.raises(ValueError, match=r"trainer.use_v1=True\), got Legacy"):
+        getattr(legacy(Legacy, CONFIG), method)()
+    assert getattr(legacy(Legacy, OmegaConf.create({})), method)() == "done"
+
+
+def test_legacy_trainer_is_wrapped() -> None:
+    for method in (RayPPOTrainer.__init__, RayPPOTrainer._update_actor):
+        assert method.__qualname__.startswith("RayPPOTrainer.")
+        assert method.__code__.co_name == "refuse"
+
+
 def test_installed_in_verls_trainer() -> None:
-    for name in ("_compute_old_log_prob", "_compute_advantage"):
+    for name in ("__init__", "_compute_old_log_prob", "_compute_advantage"):
         method = getattr(integration.trainer_base.PPOTrainer, name)
         assert method.__module__ == "verl.trainer.ppo.v1.trainer_base"
         assert method.__wrapped__ is not None

@@ -18,8 +18,9 @@ Steps log ``shear/weight_mean`` and ``shear/weight_max``. If they do not, the pl
 verl hides why, but VERL_USE_EXTERNAL_MODULES=shear_ops.integrations.verl shows it.
 
 Tested: the engine on CPU, in all layouts (padding removed or not, dynamic batches or not). Run with
-stubs: the driver's part. From source only: Ray workers, Ulysses, a GPU. Not supported: Megatron
-and other engines, the V0 trainer, ``rollout_correction.bypass_mode`` (there is no such pass).
+stubs: the driver's part. From source only: Ray workers, Ulysses, a GPU. Refused with an error:
+Megatron and other engines, the legacy trainer and the experimental ones built on it,
+``rollout_correction.bypass_mode`` (there is no such pass).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry
@@ -167,12 +169,23 @@ def flag_of(config: Any, step: int) -> str | None:
             "algorithm.rollout_correction.bypass_mode must be False with shear.*, got True: it "
             "skips the pass for old log-probabilities, which gives the hidden states"
         )
+    if (strategy := config.actor_rollout_ref.actor.strategy) not in ("fsdp", "fsdp2"):
+        raise ValueError(
+            "actor_rollout_ref.actor.strategy must be fsdp or fsdp2 with shear.*, got "
+            f"{strategy}: only verl's FSDP engine gives the hidden states"
+        )
     return json.dumps({"section": section, "step": step})
 
 
 def _install(trainer: Any) -> None:
-    """Wrap the two methods of verl's V1 trainer that know the pass and the advantages."""
+    """Wrap the methods of verl's V1 trainer that know the settings, the pass, the advantages."""
     old_log_prob, advantage = trainer._compute_old_log_prob, trainer._compute_advantage
+    init = trainer.__init__
+
+    @wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        flag_of(self.config, 0)
 
     @wraps(old_log_prob)
     def compute_old_log_prob(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -204,8 +217,27 @@ def _install(trainer: Any) -> None:
         )
         return trainer_base.tq.kv_batch_put(**where, fields=data)
 
+    trainer.__init__ = checked_init
     trainer._compute_old_log_prob = compute_old_log_prob
     trainer._compute_advantage = compute_advantage
 
 
+def _refuse(trainer: Any, name: str) -> None:
+    """Wrap a method of the legacy trainer, which would train without the weights in silence."""
+    method = getattr(trainer, name)
+
+    @wraps(method)
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if self.config.get("shear", None) is not None:
+            raise ValueError(
+                f"shear.* needs verl's V1 trainer (trainer.use_v1=True), got {type(self).__name__}"
+            )
+        return result
+
+    setattr(trainer, name, refuse)
+
+
 _install(trainer_base.PPOTrainer)
+_refuse(RayPPOTrainer, "__init__")
+_refuse(RayPPOTrainer, "_update_actor")  # the experimental trainers do not call its __init__
