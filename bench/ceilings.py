@@ -16,7 +16,7 @@ from .sizes import Sizes
 from .timing import alternate, summary
 
 DIM = 64  # the solver sees costs only
-ITERATIONS = 16, 32  # between them the solver has no dual check
+ITERATIONS = 17, 31  # both with four dual checks: after 4, 8, 16 and the last
 
 
 def ceilings(sizes: Sizes) -> Entry:

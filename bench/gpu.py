@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from .contest import Entry
 from .record import Record, load
@@ -32,7 +30,7 @@ def rows(record: Record) -> Iterator[tuple[str, str, str]]:
             yield name, rate, "10^12 multiply-adds per second, solver"
         elif name.startswith("overhead"):
             yield name, f"{100 * entry['share']['value']:.3f}", "% of a training step"
-        elif name.startswith("survivors-"):
+        elif name.startswith("survivors"):
             for row in entry["rows"]:
                 what = f"% solved, span {row['span']}, stride {row['stride']}, reg {row['reg']}"
                 yield name, f"{100 * row['solved'] / max(row['total'], 1):.2f}", what
@@ -75,10 +73,9 @@ def main(record: Path) -> None:
     Example: python -m bench.gpu bench/results/nvidia-h200.json
     """
     content = load(record)
-    table = Table("entry", "measured", "what", title=content["device"]["name"], box=None)
-    for row in rows(content):
-        table.add_row(*row)
-    Console(width=110).print(table)
+    click.echo(content["device"]["name"])
+    for entry, measured, what in rows(content):
+        click.echo(f"{entry}: {measured} {what}")
 
 
 if __name__ == "__main__":

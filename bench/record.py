@@ -59,9 +59,10 @@ def slug(facts: dict[str, Any]) -> str:
 
 def run_facts(tests: str) -> dict[str, Any]:
     """What a time depends on that may change from run to run; tests: what passed before it."""
+    changes = _git("status", "--porcelain", "--", ".", *(f":!{p}" for p in GENERATED))
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", *(f":!{p}" for p in GENERATED))),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT") or "unknown",
+        "dirty": bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -75,8 +76,12 @@ def run_facts(tests: str) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+    """Output of git; nothing where git, or the history of these sources, is missing."""
+    try:
+        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def _version(package: str) -> str | None:

@@ -79,6 +79,7 @@ def stage_seconds(call: Callable[[], object]) -> dict[str, float]:
     times = {
         event.key: (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
         for event in profile.key_averages()
+        if event.device_type.name == "CPU"  # not its echo on the GPU
     }
     stages = {name.removeprefix("shear::"): times[name] for name in STAGES if name in times}
     return {**stages, "other": times[operator] - sum(stages.values()), "total": times[operator]}

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from shear_ops import backends
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
 
 if backends.interpreted():
     from bench.interpreter import patch_once
@@ -17,11 +20,13 @@ if backends.interpreted():
 def poisoned_memory() -> Iterator[None]:
     """Fill every tensor that torch allocates empty with NaN, so that an unwritten output shows.
 
-    One thread: the reference's many small operations stall when the cores are shared.
+    POISON= (empty) leaves it unwritten, for a tool that sees reads of unwritten memory itself. One
+    thread: the reference's many small operations stall when the cores are shared.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("POISON") != ""
     yield
     torch.use_deterministic_algorithms(False)
 

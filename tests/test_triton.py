@@ -1,4 +1,4 @@
-"""What only the Triton backend has: several chunks, large spans, its operators on a GPU, graphs.
+"""What only the Triton backend has: several chunks, large spans, its own checks.
 
 Runs in Triton's interpreter (TRITON_INTERPRET=1, `make interpreted`) and on a GPU.
 """
@@ -23,9 +23,6 @@ from test_backends import device_of, span_distances
 
 REASON = backends.status()["triton"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-on_a_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or backends.interpreted(), reason="no CUDA or ROCm GPU"
-)
 
 
 @pytest.fixture(scope="module")
@@ -191,104 +188,6 @@ def test_strided_states(device: torch.device) -> None:
     given["hidden"] = wide[:, :, 0]
     assert not given["hidden"].is_contiguous()
     assert torch.equal(shear_ops.span_weights(**given, config=config, backend="triton"), wanted)
-
-
-# ---- on a GPU
-
-
-@on_a_gpu
-@pytest.mark.parametrize("name", ["span_weights", "span_distances"])
-def test_opcheck(name: str, device: torch.device) -> None:
-    from torch.library import opcheck
-
-    op = getattr(torch.ops.shear, name).default
-    opcheck(op, tuple(moved(device).values()), CONFIG)
-
-
-@on_a_gpu
-def test_the_operator_is_chosen_and_compiles_in_one_graph(device: torch.device) -> None:
-    given, config = moved(device), SpanConfig(**CONFIG)
-    wanted = shear_ops.span_weights(**given, config=config)
-    compiled = torch.compile(
-        lambda **k: shear_ops.span_weights(**k, config=config) * 2, fullgraph=True, dynamic=True
-    )
-    torch.testing.assert_close(compiled(**given), 2 * wanted)
-    cpu = shear_ops.span_weights(**arguments(), config=config)
-    torch.testing.assert_close(wanted.cpu(), cpu, rtol=2e-3, atol=0)
-
-
-@on_a_gpu
-def test_bits_from_run_to_run(device: torch.device) -> None:
-    """Enough pairs that programs race for the queue."""
-    generator = torch.Generator().manual_seed(5)
-    hidden = torch.randn(8 * 700, 256, generator=generator).to(device, torch.bfloat16)
-    given: dict[str, Any] = {
-        "hidden": hidden, "cu_seqlens": torch.arange(9) * 700, "group_ids": [0] * 8,
-        "labels": [1, 0] * 4,
-    }  # fmt: skip
-    for backend in backends.status():
-        if backend in ("cpu", "reference") or backends.status()[backend] is not None:
-            continue
-        wanted = shear_ops.span_distances(**given, backend=backend)
-        for prune in (True, True, False):
-            seen = shear_ops.span_distances(**given, backend=backend, prune=prune)
-            for name in ("distance", "nearest", "residual", "iterations"):
-                assert torch.equal(getattr(seen, name), getattr(wanted, name)), name
-
-
-@on_a_gpu
-@pytest.mark.parametrize("distance", ["sinkhorn", "mmd"])
-def test_graph_capture_and_replay(distance: str, device: torch.device) -> None:
-    given = moved(device)
-    config = SpanConfig(**CONFIG, check_finite=False, distance=distance)
-    call = lambda: shear_ops.span_weights(**given, config=config)  # noqa: E731
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        seen = call()
-    for scale in (1.0, 2.0, 0.5):
-        given["hidden"].copy_(scale * arguments()["hidden"] + scale)
-        graph.replay()
-        assert torch.equal(seen, call())
-
-
-@on_a_gpu
-def test_capture_says_what_it_wants(device: torch.device) -> None:
-    given, config = moved(device), SpanConfig(span=11, stride=3, check_finite=False)
-    for change, message in (
-        ({"config": SpanConfig(check_finite=True)}, "check_finite must be False inside a graph"),
-        ({"config": config}, "make the same call once before"),
-    ):
-        arguments_of_call = {**given, "config": config, **change}
-        with (
-            pytest.raises(RuntimeError, match=message),
-            torch.cuda.graph(torch.cuda.CUDAGraph()),
-        ):
-            shear_ops.span_weights(**arguments_of_call)
-
-
-@on_a_gpu
-def test_addresses_beyond_2_to_the_31(device: torch.device) -> None:
-    """N * d past 2^31: the second group's weights are those of the same rollouts alone."""
-    if torch.cuda.get_device_properties(device).total_memory < 24 * 2**30:
-        pytest.skip("takes 12 GiB")
-    dim, tokens = 8192, 270_000
-    hidden = torch.zeros(tokens, dim, dtype=torch.bfloat16, device=device)
-    own = torch.randn(400, dim, generator=torch.Generator().manual_seed(6)).to(device).bfloat16()
-    hidden[-400:] = own
-    labels = torch.tensor([1, 0])
-    alone = shear_ops.span_weights(
-        own, cu_seqlens=torch.tensor([0, 200, 400]), group_ids=[0, 0], labels=labels
-    )
-    both = shear_ops.span_weights(
-        hidden, cu_seqlens=torch.tensor([0, tokens - 400, tokens - 200, tokens]),
-        group_ids=[1, 0, 0], labels=torch.tensor([1, 1, 0]),
-    )  # fmt: skip
-    assert torch.equal(both[-400:], alone)
 
 
 def test_gpu_script_runs_without_a_gpu(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ std::vector<int64_t> read_anywhere(const Stream& stream, const Tensor& tensor, c
   if (!on_device(tensor)) return read_integers(tensor, name);
   if (stream.capturing())
     throw std::runtime_error(std::string(name) +
-                             " must be on the CPU while a CUDA graph is captured");
+                             " must be on the CPU while a graph is captured");
   return read_integers(
       torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)), name);
 }
@@ -105,7 +105,7 @@ class Operator {
       throw std::invalid_argument("distance must be sinkhorn or chamfer for backend 'cuda'");
     if (config_.check_finite && stream_.capturing())
       throw std::runtime_error(
-          "check_finite must be False while a CUDA graph is captured: it reads a flag");
+          "check_finite must be False while a graph is captured, got True: it reads back a flag");
     return {stream_,
             problem_,
             config_,
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   const Stream stream(costs.get_device_index());
   if (stream.capturing())
     throw std::runtime_error(
-        "sinkhorn cannot be captured in a CUDA graph: at its end it reads a flag");
+        "sinkhorn cannot be captured in a graph: it reads back a check of cost");
   auto lengths = used_lengths(n_rows, batch, n, "n_rows");
   const auto cols = used_lengths(n_cols, batch, m, "n_cols");
   lengths.insert(lengths.end(), cols.begin(), cols.end());

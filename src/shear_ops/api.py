@@ -148,7 +148,7 @@ def span_weights(
         group_ids: (B,) integers: rollouts of one prompt share an id. Any values, any order.
         labels: (B,) 1 correct, 0 incorrect, -1 ignored (see labels_from_rewards).
         config: parameters of the method.
-        backend: None (automatic), "cpu", "triton" (a GPU) or "reference" (float64, any device,
+        backend: None (automatic), "cpu", "cuda", "triton", or "reference" (float64, any device,
             slow).
 
     Returns:
@@ -317,7 +317,7 @@ def sinkhorn(
         reg: entropic regularisation, in units of the cost (as in POT).
         n_iters: most iterations. tol: as in SpanConfig.
         n_rows, n_cols: (B,) rows and columns in use of each problem, for ragged batches.
-        backend: None (automatic), "cpu" or "triton".
+        backend: None (automatic), "cpu", "cuda" or "triton".
 
     Returns:
         SinkhornResult; 0-d tensors for a 2-d cost.

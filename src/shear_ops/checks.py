@@ -46,7 +46,20 @@ def as_integers(name: str, values: Tensor | Sequence[int], size: int | None = No
         raise ValueError(f"{name} must have {size} entries, got {tensor.shape[0]}")
     if tensor.dtype not in OP_INTEGER_DTYPES:
         tensor = tensor.long()
+    if capturing(tensor):
+        raise RuntimeError(
+            f"{name} must be on the CPU while a graph is captured, got {tensor.device}"
+        )
     return tensor.cpu()
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Return whether the current stream is being captured in a graph, where nothing may wait."""
+    return (
+        tensor.is_cuda
+        and not torch.compiler.is_compiling()
+        and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def check_mask(mask: object, hidden: Tensor) -> Tensor:

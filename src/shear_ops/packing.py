@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import as_integers, check_mask, check_states
+from .checks import as_integers, capturing, check_mask, check_states
 
 
 class Packed(NamedTuple):
@@ -48,6 +48,11 @@ def pack(hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Pack
         raise ValueError(
             "hidden (B, T, d) is padded: give mask (B, T) and no cu_seqlens; "
             "without padding that is mask=torch.ones(B, T, dtype=torch.bool)"
+        )
+    if capturing(hidden):
+        raise RuntimeError(
+            "hidden must be packed (N, d), with cu_seqlens, while a graph is captured: "
+            f"got shape {tuple(hidden.shape)}"
         )
     valid = check_mask(mask, hidden)
     lengths = valid.sum(1).cpu()

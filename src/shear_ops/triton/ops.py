@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..checks import OP_INTEGER_DTYPES, STATE_DTYPES
+from ..checks import OP_INTEGER_DTYPES, STATE_DTYPES, capturing
 from . import bounds
 from . import sinkhorn as solver
 from .nearest import Pairs
@@ -61,11 +61,15 @@ def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
     if x.dtype != y.dtype or x.shape[1] != y.shape[1] or x.device != y.device:
         raise ValueError("x and y must have one dtype, dim and device")
     hidden = torch.cat([x, y])
-    offsets = torch.tensor([0, len(x), len(hidden)])
+    offsets = torch.tensor([0, len(x), len(hidden)], device="cpu")
     with _on(hidden):
         options["prune"] = False
         given, tables = _prepare(
-            hidden, offsets, torch.tensor([0, 0]), torch.tensor([1, 0]), options
+            hidden,
+            offsets,
+            torch.tensor([0, 0], device="cpu"),
+            torch.tensor([1, 0], device="cpu"),
+            options,
         )
         rollouts, blocks = tables.host["rollouts"], tables.host["blocks"]
         rows, spans = int(rollouts[0, 3]), len(tables.host["spans"])
@@ -96,7 +100,7 @@ def sinkhorn(
     _C.check_config(**{**_CONFIG, "reg": reg, "n_iters": n_iters, "tol": tol})
     if cost.dim() != 3 or cost.dtype != torch.float32:
         raise ValueError("cost must be a (B, n, m) float32 tensor")
-    if _capturing(cost):
+    if capturing(cost):
         raise RuntimeError("sinkhorn cannot be captured in a graph: it reads back a check of cost")
     batch, n, m = cost.shape
     device = cost.device
@@ -142,13 +146,13 @@ def _prepare(
     given = Options(**options)
     _C.check_config(**{name: getattr(given, name) for name in _CONFIG})
     _check_states("hidden", hidden)
-    capturing = _capturing(hidden)
-    if capturing and given.check_finite:
+    in_graph = capturing(hidden)
+    if in_graph and given.check_finite:
         raise RuntimeError(
-            "check_finite must be False inside a graph capture, got True: it reads back a flag"
+            "check_finite must be False while a graph is captured, got True: it reads back a flag"
         )
     integers = [
-        _integers(name, tensor, capturing)
+        _integers(name, tensor, in_graph)
         for name, tensor in (
             ("cu_seqlens", cu_seqlens), ("group_ids", group_ids), ("labels", labels),
         )
@@ -158,10 +162,10 @@ def _prepare(
         hidden.device, len(hidden),
     )  # fmt: skip
     tables = _captured.get(key) or _recent.get(key)
-    if capturing:
+    if in_graph:
         if tables is None:
             raise RuntimeError(
-                "inside a graph capture nothing can be copied to the device: make the same call "
+                "while a graph is captured nothing can be copied to the device: make the same call "
                 "once before, with the same cu_seqlens, group_ids, labels, span, stride, distance"
             )
         _captured[key] = tables
@@ -195,13 +199,15 @@ def _check_states(name: str, states: Tensor) -> None:
         raise ValueError(f"{name} must be float32, float16 or bfloat16")
 
 
-def _integers(name: str, tensor: Tensor, capturing: bool) -> list[int]:
+def _integers(name: str, tensor: Tensor, in_graph: bool) -> list[int]:
     if tensor.dim() != 1:
         raise ValueError(f"{name} must be a 1-d tensor")
     if tensor.dtype not in OP_INTEGER_DTYPES:
         raise ValueError(f"{name} must be int64, int32, int8 or bool")
-    if capturing and tensor.device.type != "cpu":
-        raise RuntimeError(f"{name} must be on the CPU inside a graph capture, got {tensor.device}")
+    if in_graph and tensor.device.type != "cpu":
+        raise RuntimeError(
+            f"{name} must be on the CPU while a graph is captured, got {tensor.device}"
+        )
     values: list[int] = tensor.tolist()
     return values
 
@@ -209,16 +215,12 @@ def _integers(name: str, tensor: Tensor, capturing: bool) -> list[int]:
 def _lengths(name: str, given: Tensor | None, batch: int, size: int) -> np.ndarray[Any, Any]:
     if given is None:
         return np.full(batch, size, np.int64)
-    lengths = np.array(_integers(name, given, capturing=False), np.int64)
+    lengths = np.array(_integers(name, given, in_graph=False), np.int64)
     if len(lengths) != batch:
         raise ValueError(f"{name} must have one entry per problem")
     if ((lengths < 1) | (lengths > size)).any():
         raise ValueError(f"{name} must be in [1, {size}], got {lengths.tolist()}")
     return lengths
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -66,7 +66,7 @@ def run(
     best = found.distance.clone().view(torch.int32)  # bits of +inf
     counts = torch.zeros(5, dtype=torch.int64, device=hidden.device)
     if tables.chunks:
-        counts[0] = sum(chunk.pairs.total for chunk in tables.chunks)
+        counts[0].fill_(sum(chunk.pairs.total for chunk in tables.chunks))  # a[0] = n would wait
     room = _Room(tables, options, hidden.device)
     self_similarity = _self_similarity(known, tables, room) if options.distance == MMD else None
     for number, chunk in enumerate(tables.chunks):
@@ -87,7 +87,7 @@ def run(
                     tol=options.tol, prune=options.prune and not mean,
                 )  # fmt: skip
             else:
-                counts[3] += chunk.pairs.total
+                counts[3].add_(chunk.pairs.total)
         with record_function("shear::nearest_spans"):
             nearest.collect(tables, chunk, pairs, found, mean=mean)
         if offer is not None:
