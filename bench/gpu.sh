@@ -27,6 +27,7 @@
 #     BUILD=build/gpu         where all is installed to; nothing else on the machine changes
 #     OUT=bench/results       folder of the record and the profiles; an older record of the same GPU is added to
 #     LIMIT=3600              seconds after which it ends what it is doing, and prints the table
+#     SHEAR_CUDA=ON           OFF: Triton only, without nvcc
 #     COMMIT=                 the commit that is measured, for a copy of the sources without its history
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -81,6 +82,8 @@ gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 settings=()
 if [ -n "$gpu" ]; then
   device=cuda
+  # without nvcc it would build without the CUDA backend, and nobody would notice
+  "$PYTHON" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && export SHEAR_CUDA="${SHEAR_CUDA:-ON}"
   target=$("$PYTHON" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())')
   settings=(--config-settings=build-dir="$BUILD/cmake" --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$target")
 else

@@ -80,7 +80,7 @@ def _loop(instructions: list[tuple[int, str]]) -> int:
 
 
 def measure(architecture: str = "90") -> dict[str, dict[str, int]]:
-    """Compile solvers and token costs; per kernel: registers, spilled bytes, loop instructions."""
+    """Compile solvers and token costs; per kernel: registers, bytes, loop instructions."""
     tool = _cuobjdump()
     assert tool is not None
     include = Path(torch.__file__).parent / "include"
@@ -96,11 +96,15 @@ def measure(architecture: str = "90") -> dict[str, dict[str, int]]:
                 symbol = re.search(r"'(\S+)'", entry)
                 registers = re.search(r"Used (\d+) registers", entry)
                 spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
-                if not (symbol and registers and spills):
+                stack = re.search(r"(\d+) bytes stack frame", entry)
+                shared = re.search(r"(\d+) bytes smem", entry)
+                if not (symbol and registers and spills and stack):
                     raise RuntimeError(f"ptxas prints something else: {entry}")
                 found[_name(symbol.group(1))] = {
                     "registers": int(registers.group(1)),
                     "spilled_bytes": sum(map(int, spills.groups())),
+                    "stack_bytes": int(stack.group(1)),
+                    "static_shared_bytes": int(shared.group(1)) if shared else 0,
                 }
             for function in _output(tool, "-sass", binary).split("Function : ")[1:]:
                 code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", function)

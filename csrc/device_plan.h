@@ -11,7 +11,7 @@ namespace shear {
 
 struct Device {
   int64_t processors;    // streaming multiprocessors
-  int64_t shared_bytes;  // that a CTA can have
+  int64_t shared_bytes;  // dynamic shared memory that a CTA can have
 };
 
 // The rows of the tables that a call copies to the GPU.

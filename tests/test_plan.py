@@ -107,7 +107,7 @@ def test_memory_of_a_call_stays_within_the_plan(tokens: int, rollouts: int, stri
     assert seen["bytes"] >= 0.5 * seen["workspace_bytes"], "the plan should not overstate either"
 
 
-H100 = {"processors": 132, "shared_bytes": 232_448}
+H100 = {"processors": 132, "shared_bytes": 232_448 - 256}  # less what is static
 
 
 def device_group(rollouts: int, tokens: int, dim: int, *, groups: int = 1, span: int = 100,
@@ -158,7 +158,20 @@ def test_device_plan_of_the_paper_group() -> None:
 
 @pytest.mark.parametrize(
     ("span", "solver"),
-    [(1, 0), (32, 0), (33, 1), (64, 1), (65, 2), (100, 2), (101, 3), (128, 3), (129, 4), (4096, 4)],
+    [
+        (1, 0),
+        (32, 0),
+        (33, 1),
+        (64, 1),
+        (65, 2),
+        (100, 2),
+        (101, 3),
+        (128, 3),
+        (129, 4),
+        (238, 4),
+        (239, 4),
+        (4096, 4),
+    ],
 )
 def test_device_solver_follows_the_span(span: int, solver: int) -> None:
     """Not the lengths of the rollouts at hand: distances must not depend on others in the call."""
@@ -167,7 +180,7 @@ def test_device_solver_follows_the_span(span: int, solver: int) -> None:
         assert seen["solver"] == solver
         assert seen["solver_shared_bytes"] <= H100["shared_bytes"]
         assert seen["scratch_bytes"] <= 96 * 2**20
-        assert (seen["scratch_bytes"] > 0) == (min(span, tokens) > 239)
+        assert (seen["scratch_bytes"] > 0) == (min(span, tokens) > 238)
 
 
 def test_device_refuses_longer_spans() -> None:

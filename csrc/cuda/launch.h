@@ -21,12 +21,15 @@ struct Grid {
   int64_t shared_bytes = 0;
 };
 
+// At most, of any kernel: a CTA's static and dynamic shared memory share the device's limit.
+constexpr int64_t kStaticSharedBytes = 256;
+
 #ifdef SHEAR_EMULATED
 
 class Stream {
  public:
   explicit Stream(int32_t) {}
-  Device device() const { return {3, emulated::kSharedBytes}; }
+  Device device() const { return {3, emulated::kSharedBytes - kStaticSharedBytes}; }
   bool capturing() const { return false; }
   template <typename Args>
   void launch(const char* kernel_name, void (*kernel)(Args), const Grid& grid,
@@ -41,13 +44,12 @@ class Stream {
 #else
 
 // A piece of a table as the argument of a kernel: a graph capture keeps it, unlike host memory.
+template <int kWords>
 struct UploadArgs {
-  static constexpr int kWords = 960;
   uint32_t* to;
   int32_t words;
   uint32_t word[kWords];
 };
-__global__ void upload_words(const UploadArgs args);
 
 class Stream {
  public:
@@ -60,7 +62,7 @@ class Stream {
 
   Device device() const {
     return {attribute(cudaDevAttrMultiProcessorCount),
-            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSharedBytes};
   }
   bool capturing() const {
     cudaStreamCaptureStatus status;
@@ -74,10 +76,10 @@ class Stream {
     if (grid.ctas == 0) return;
     if (grid.ctas > INT32_MAX)
       throw std::runtime_error(std::string(kernel_name) + ": too many CTAs for one launch");
-    if (grid.shared_bytes > 48 * 1024)
+    if (grid.shared_bytes > 48 * 1024)  // the same for all threads of the host: it is the kernel's
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes)),
+                                 static_cast<int>(device().shared_bytes)),
             kernel_name);
     void* pointers[] = {const_cast<Args*>(&args)};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
@@ -87,7 +89,7 @@ class Stream {
           kernel_name);
   }
 
-  // Bytes are a multiple of 4. Small tables, and all of them under capture, go as arguments.
+  // Bytes are a multiple of 4. As arguments of kernels: a copy from pageable memory may wait.
   void upload(void* to, const void* from, int64_t bytes) const;
   // Waits for the stream.
   void read(void* to, const void* from, int64_t bytes) const {
@@ -97,6 +99,8 @@ class Stream {
   }
 
  private:
+  template <int kWords>
+  void upload_words(uint32_t* to, const char* from, int64_t words) const;
   static void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     throw std::runtime_error(std::string("shear_ops, CUDA backend, ") + what + ": " +

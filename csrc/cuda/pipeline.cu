@@ -217,25 +217,32 @@ void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverP
 
 #ifndef SHEAR_EMULATED
 
-__global__ void upload_words(const UploadArgs args) {
+template <int kWords>
+__global__ void write_words(const UploadArgs<kWords> args) {
   for (int k = static_cast<int>(threadIdx.x); k < args.words; k += kThreads)
     args.to[k] = args.word[k];
 }
 
+template <int kWords>
+void Stream::upload_words(uint32_t* to, const char* from, int64_t words) const {
+  UploadArgs<kWords> args;
+  args.to = to;
+  args.words = static_cast<int32_t>(words);
+  std::memcpy(args.word, from, 4 * static_cast<size_t>(words));
+  launch("write_words", write_words<kWords>, {1, kThreads}, args);
+}
+
 void Stream::upload(void* to, const void* from, int64_t bytes) const {
-  constexpr int64_t kSmall = 64 << 10;
-  if (bytes > kSmall && !capturing()) {
-    // from pageable memory: it has been read when the call returns
-    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_),
-          "cudaMemcpyAsync");
-    return;
-  }
-  UploadArgs args;
-  for (int64_t done = 0; done < bytes; done += args.words * 4) {
-    args.to = static_cast<uint32_t*>(to) + done / 4;
-    args.words = static_cast<int32_t>(std::min<int64_t>(UploadArgs::kWords, (bytes - done) / 4));
-    std::memcpy(args.word, static_cast<const char*>(from) + done, args.words * 4);
-    launch("upload_words", upload_words, {1, kThreads}, args);
+  constexpr int kFew = 960, kMany = 8184;  // the arguments of a kernel take 4 KiB, or just below 32
+  for (int64_t done = 0, words = bytes / 4; done < words;) {
+    auto* const at = static_cast<uint32_t*>(to) + done;
+    const char* const piece = static_cast<const char*>(from) + 4 * done;
+    const int64_t count = std::min<int64_t>(words - done, kMany);
+    if (count <= kFew)
+      upload_words<kFew>(at, piece, count);
+    else
+      upload_words<kMany>(at, piece, count);
+    done += count;
   }
 }
 

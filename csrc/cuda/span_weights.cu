@@ -54,8 +54,7 @@ Tensor new_workspace(const Tensor& like, int64_t bytes) {
 std::vector<int64_t> read_anywhere(const Stream& stream, const Tensor& tensor, const char* name) {
   if (!on_device(tensor)) return read_integers(tensor, name);
   if (stream.capturing())
-    throw std::runtime_error(std::string(name) +
-                             " must be on the CPU while a graph is captured");
+    throw std::runtime_error(std::string(name) + " must be on the CPU while a graph is captured");
   return read_integers(
       torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)), name);
 }

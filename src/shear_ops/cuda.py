@@ -14,11 +14,19 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """Whether code for these CMake architectures runs on a device.
 
     Machine code ("80-real") runs on later devices of the same major version, PTX ("80-virtual") on
-    all later ones; "80" is both.
+    all later ones; "80" is both; "90a" runs on that device only. Names without a number ("native")
+    are taken on trust: CUDA says at the first launch if it has no code.
     """
     for architecture in architectures.split():
-        digits, kind = re.fullmatch(r"(\d+)(-real|-virtual|)", architecture).groups()  # type: ignore[union-attr]
+        match = re.fullmatch(r"(\d+)([af]?)(-real|-virtual|)", architecture)
+        if match is None:
+            return True
+        digits, specific, kind = match.groups()
         built = divmod(int(digits), 10)
+        if specific:
+            if capability == built:
+                return True
+            continue
         if kind != "-real" and capability >= built:
             return True
         if kind != "-virtual" and capability[0] == built[0] and capability >= built:
