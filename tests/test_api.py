@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -129,6 +130,21 @@ def test_pair_distances_holds_the_minima_of_span_distances() -> None:
     assert torch.equal(matrix.argmin(1) + 8, found.nearest[:8])
 
 
+def test_group_ids_from_uids() -> None:
+    ids = shear_ops.group_ids_from_uids(["a", "b", "a", "ab"])
+    assert ids.dtype == torch.int64
+    assert ids[0] == ids[2]
+    assert len(set(ids.tolist())) == 3
+    assert (ids >= 0).all()
+    prompts = [[5, 6], torch.tensor([5, 6]), (5, 6), [56], torch.tensor([56])]
+    same, *others = shear_ops.group_ids_from_uids(prompts).tolist()
+    assert others[:2] == [same, same]
+    assert others[2] == others[3] != same
+    for uids, seen in (("ab", "the string 'ab'"), ([1, 2], "got 1 among them"), ([None], "None")):
+        with pytest.raises(TypeError, match=f"uids must be .*{seen}"):
+            shear_ops.group_ids_from_uids(uids)
+
+
 def test_labels_from_rewards() -> None:
     rewards = torch.tensor([1.0, 0.5, 0.49, -3.0, torch.nan, torch.inf])
     labels = shear_ops.labels_from_rewards(rewards)
@@ -179,6 +195,10 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "cu_seqlens must end at the number of tokens, 126, got 120", {"cu_seqlens": [0, 37, 37, 42, 106, 120]}),
     (ValueError, "group_ids must have 5 entries, got 4", {"group_ids": [7] * 4}),
     (TypeError, "group_ids must be integer or bool, got torch.float32", {"group_ids": [7.0] * 5}),
+    (TypeError, "group_ids must be int64 integers, got .*group_ids_from_uids", {"group_ids": ["a"] * 5}),
+    (TypeError, "group_ids must be int64 integers, got None", {"group_ids": None}),
+    (TypeError, "group_ids must be int64 integers, got .9223372036854775808", {"group_ids": [2**63] * 5}),
+    (TypeError, "labels must be int64 integers, got None", {"labels": None}),
     (ValueError, "labels must have 5 entries, got 6", {"labels": [1] * 6}),
     (TypeError, "labels must be integer.*labels_from_rewards", {"labels": torch.tensor([1.0, 0, 0, 1, 0])}),
     (ValueError, "labels must be 1, 0 or -1, got 2 at entry 1", {"labels": [1, 2, 0, 1, 0]}),
@@ -296,6 +316,8 @@ def test_other_errors() -> None:
         shear_ops.pair_distances(torch.zeros(3, 4), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="rewards must be 1-d"):
         shear_ops.labels_from_rewards(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="threshold must be a number, got nan"):
+        shear_ops.labels_from_rewards(torch.zeros(2), threshold=math.nan)
     with pytest.raises(ValueError, match="labels must be 1, 0 or -1, got 3"):
         shear_ops.plan([0, 4, 8], group_ids=[0, 0], labels=[1, 3], dim=8)
 

@@ -294,6 +294,7 @@ def test_mean_one_of_identical_rollouts() -> None:
         ({"clip": (2.0, 1.0)}, "clip must be"),
         ({"clip": (-1.0, 1.0)}, "clip must be"),
         ({"clip": (0.0, float("nan"))}, "clip must be"),
+        ({"clip": 3}, "clip must be .low, high. or None, got 3"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"warmup_steps": 1.5}, "warmup_steps must be an int"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -372,11 +373,16 @@ def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
 
     Returns:
         (B,) int8: 1 correct, 0 incorrect, -1 where the reward is NaN (unscorable).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value wanted.
     """
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be 1-d, got shape {tuple(rewards.shape)}")
+    if math.isnan(threshold):
+        raise ValueError("threshold must be a number, got nan: every rollout would be incorrect")
     labels = (rewards >= threshold).to(torch.int8)
     return labels.masked_fill(rewards.isnan(), -1)
 

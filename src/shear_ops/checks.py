@@ -34,9 +34,16 @@ def check_states(name: str, states: object, dims: tuple[int, ...]) -> Tensor:
 
 def as_integers(name: str, values: Tensor | Sequence[int], size: int | None = None) -> Tensor:
     """Return a 1-d integer tensor on the CPU, given as a tensor or a sequence, or raise."""
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
-    if not isinstance(values, Tensor) and tensor.numel() == 0:
-        tensor = tensor.long()
+    if isinstance(values, Tensor):
+        tensor = values
+    else:
+        try:
+            tensor = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:  # by what is in it
+            hint = "; group_ids_from_uids makes them of strings" if name == "group_ids" else ""
+            raise TypeError(f"{name} must be int64 integers, got {_short(values)}{hint}") from error
+        if tensor.numel() == 0:
+            tensor = tensor.long()
     if tensor.is_floating_point() or tensor.is_complex():
         hint = "; labels_from_rewards makes labels of rewards" if name == "labels" else ""
         raise TypeError(f"{name} must be integer or bool, got {tensor.dtype}{hint}")
@@ -51,6 +58,11 @@ def as_integers(name: str, values: Tensor | Sequence[int], size: int | None = No
             f"{name} must be on the CPU while a graph is captured, got {tensor.device}"
         )
     return tensor.cpu()
+
+
+def _short(values: object) -> str:
+    text = repr(values)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def capturing(tensor: Tensor) -> bool:

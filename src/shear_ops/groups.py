@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +18,23 @@ def group_ids_from_uids(uids: Sequence[object]) -> Tensor:
     Returns:
         (B,) int64 in [0, 2^63): hashes, without communication. Two different uids of a batch of a
         million share one with probability 5e-8.
+
+    Raises:
+        TypeError: for one string instead of a sequence, or uids of other types (integers are group
+            ids already).
     """
+    if isinstance(uids, str):
+        raise TypeError(f"uids must be a sequence of strings or prompts, got the string {uids!r}")
     return torch.tensor([_hash(uid) for uid in uids], dtype=torch.int64)
 
 
 def _hash(uid: object) -> int:
     if isinstance(uid, Tensor):
         uid = uid.tolist()
-    text = uid if isinstance(uid, str) else repr([int(token) for token in uid])  # type: ignore[attr-defined]
+    if isinstance(uid, str):
+        text = uid
+    elif isinstance(uid, Iterable):
+        text = repr([int(token) for token in uid])
+    else:
+        raise TypeError(f"uids must be strings or sequences of token ids, got {uid!r} among them")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -34,7 +34,10 @@ class Weighting:
         if not isinstance(self.mean_one, bool):
             raise TypeError(f"mean_one must be a bool, got {self.mean_one!r}")
         if self.clip is not None:
-            low, high = self.clip
+            try:
+                low, high = map(float, self.clip)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"clip must be (low, high) or None, got {self.clip!r}") from error
             if not (0 <= low <= high and math.isfinite(low)):
                 raise ValueError(f"clip must be (low, high), 0 <= low <= high, got {self.clip}")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int):
