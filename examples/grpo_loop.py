@@ -4,7 +4,7 @@ A small transformer is rewarded for the right first digit of a sum. A step sampl
 completions, makes one pass without gradients per micro-batch, which gives old log-probabilities and
 hidden states alike, and takes token weights from all micro-batches and ranks together.
 
-    pip install torch shear_ops
+    pip install torch && pip install .      # from a checkout
     python examples/grpo_loop.py --steps 100
 """
 

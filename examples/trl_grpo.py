@@ -1,6 +1,6 @@
 """GRPO with SHEAR in trl: the trainer's class and one configuration are all that changes.
 
-    pip install "shear_ops[trl]"
+    pip install torch && pip install ".[trl]"           # from a checkout
     python examples/trl_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --steps 200
     python examples/trl_grpo.py --tiny --steps 2        # random model, no download, on a CPU
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 from typing import Any
 
 from datasets import Dataset
@@ -42,6 +43,12 @@ def correct(completions: list[str], answer: list[str], **_: Any) -> list[float |
 def has_format(completions: list[str], **_: Any) -> list[float]:
     """A second reward: its sum with the first says nothing about correctness any more."""
     return [0.1 * (text.count("####") == 1) for text in completions]
+
+
+def even(completions: list[str], **_: Any) -> list[float | None]:
+    """A verifier that a random model passes half of the time: the last number is even."""
+    numbers = [re.findall(r"\d+", text) for text in completions]
+    return [float(int(found[-1]) % 2 == 0) if found else None for found in numbers]
 
 
 def tiny_model() -> tuple[Any, Any]:
@@ -83,11 +90,13 @@ def main() -> None:
     trainer = ShearGRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        reward_funcs=[correct, has_format],
+        reward_funcs=[even if arguments.tiny else correct, has_format],
         args=args,
         train_dataset=problems(64 if arguments.tiny else 4096),
         shear_config=ShearConfig(
-            correctness="correct",  # with two rewards, one has to be named
+            correctness="even"
+            if arguments.tiny
+            else "correct",  # with two rewards, one has to be named
             spans=SpanConfig(span=6, stride=2) if arguments.tiny else SpanConfig(),
         ),
     )

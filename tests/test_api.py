@@ -38,6 +38,8 @@ def test_weighted_advantages() -> None:
     weights = weights_of(**packed)
     advantages = torch.tensor([1.5, -0.5, -2.0, 1.0, -0.0], dtype=torch.float64)
     seen = shear_ops.weighted_advantages(advantages, **packed, config=config)
+    listed = {**packed, "cu_seqlens": packed["cu_seqlens"].tolist()}
+    assert torch.equal(shear_ops.weighted_advantages(advantages, **listed, config=config), seen)
     wanted = advantages.repeat_interleave(torch.tensor(LENGTHS)) * weights
     assert seen.dtype == torch.float64
     assert torch.equal(seen, wanted)
@@ -140,7 +142,12 @@ def test_group_ids_from_uids() -> None:
     same, *others = shear_ops.group_ids_from_uids(prompts).tolist()
     assert others[:2] == [same, same]
     assert others[2] == others[3] != same
-    for uids, seen in (("ab", "the string 'ab'"), ([1, 2], "got 1 among them"), ([None], "None")):
+    for uids, seen in (
+        ("ab", "the string 'ab'"),
+        ([1, 2], "got 1 among them"),
+        ([None], "None"),
+        ([[1.2]], "got .1.2. among"),
+    ):
         with pytest.raises(TypeError, match=f"uids must be .*{seen}"):
             shear_ops.group_ids_from_uids(uids)
 
@@ -318,6 +325,10 @@ def test_other_errors() -> None:
         shear_ops.labels_from_rewards(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="threshold must be a number, got nan"):
         shear_ops.labels_from_rewards(torch.zeros(2), threshold=math.nan)
+    with pytest.raises(ValueError, match="threads must be in"):
+        shear_ops.plan([0, 4, 8], group_ids=[0, 0], labels=[1, 0], dim=8, threads=-1)
+    with pytest.raises(TypeError, match="threshold must be a number, got None"):
+        shear_ops.labels_from_rewards(torch.zeros(2), threshold=None)
     with pytest.raises(ValueError, match="labels must be 1, 0 or -1, got 3"):
         shear_ops.plan([0, 4, 8], group_ids=[0, 0], labels=[1, 3], dim=8)
 

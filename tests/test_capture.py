@@ -64,7 +64,7 @@ def test_mask_as_wide_as_the_forward() -> None:
         model(TOKENS)
     with (
         pytest.raises(ValueError, match="mask must fit the last 6 positions"),
-        capture.recording(torch.ones(2, 7)),
+        capture.recording(torch.ones(2, 7).bool()),
     ):
         model(TOKENS)
 
@@ -99,8 +99,27 @@ def test_refuses() -> None:
         HiddenCapture(model)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         HiddenCapture("gpt2")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"backbone must be a torch.nn.Module, got str"):
+        HiddenCapture(model, backbone="body")  # type: ignore[arg-type]
+    capture = HiddenCapture(model, backbone=model.body)
+    with pytest.raises(TypeError, match=r"mask must be bool or integer, got torch.float32"):
+        capture.recording(torch.ones(2, 3)).__enter__()
+    with pytest.raises(ValueError, match="mask must be 0 or 1 everywhere"):
+        capture.recording(torch.full((2, 3), 2)).__enter__()
+    with pytest.raises(RuntimeError, match="whole is already on"), capture.whole(), capture.whole():
+        pass
     with pytest.raises(ValueError, match=r"mask must be a \(B, C\) tensor, got \(3,\)"):
-        HiddenCapture(model, backbone=model.body).recording(torch.ones(3)).__enter__()
+        HiddenCapture(model, backbone=model.body).recording(torch.ones(3).bool()).__enter__()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_refuses_models_tuned_by_prompts(kind: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    import tiny
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=f"must not be tuned by prompts or prefixes, got {kind}"):
+        HiddenCapture(peft.get_peft_model(tiny.model(), config))
 
 
 def test_inference_mode() -> None:

@@ -107,6 +107,25 @@ def test_report(shear: Shear, file: Path, tmp_path: Path) -> None:
     assert "float64 reference" in page
 
 
+def test_outputs_do_not_overwrite_each_other(shear: Shear, file: Path, tmp_path: Path) -> None:
+    before, other = file.read_bytes(), tmp_path / "other"
+    for outputs in (("--report", file), ("--report", other, "--out", other), ("--out", file)):
+        done = shear("score", file, *outputs)
+        assert done.code == 2
+        assert "is the input file" in done.err
+    assert file.read_bytes() == before
+    assert not other.exists()
+
+
+def test_a_closed_pipe_loses_no_weights(file: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -m shear_ops score "$1" --span 16 --stride 5 | head -n 1', sys.executable, file],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout
+    assert file.with_suffix(".weights.safetensors").exists()
+
+
 def test_report_without_a_mixed_group(shear: Shear, file: Path, tmp_path: Path) -> None:
     given = {**load_file(file), "labels": torch.full((5,), -1)}
     save_file(given, tmp_path / "f.safetensors")

@@ -295,6 +295,9 @@ def test_mean_one_of_identical_rollouts() -> None:
         ({"clip": (-1.0, 1.0)}, "clip must be"),
         ({"clip": (0.0, float("nan"))}, "clip must be"),
         ({"clip": 3}, "clip must be .low, high. or None, got 3"),
+        ({"clip": "12"}, "clip must be .low, high. or None, got '12'"),
+        ({"clip": ("0.5", "2")}, "clip must be .low, high. or None"),
+        ({"clip": (1, 2, 3)}, "clip must be .low, high., got .1, 2, 3."),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"warmup_steps": 1.5}, "warmup_steps must be an int"),
     ],
@@ -302,6 +305,32 @@ def test_mean_one_of_identical_rollouts() -> None:
 def test_weighting_is_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Weighting(**arguments)
+
+
+def test_weighting_steps_and_lists() -> None:
+    assert Weighting(clip=[0.5, 2]) == Weighting(clip=(0.5, 2))  # type: ignore[arg-type]
+    weights = torch.tensor([3.0])
+    with pytest.raises(ValueError, match="step must be at least 0, got -5"):
+        Weighting(warmup_steps=2).apply(weights, -5)
+    with pytest.raises(TypeError, match="step must be an int, got None"):
+        Weighting().apply(weights, None)  # type: ignore[arg-type]
+
+
+def test_mixed_groups_refuses() -> None:
+    assert distributed.mixed_groups([3, 3, 4, 4], [1, 0, 1, -1]) == {3}
+    with pytest.raises(ValueError, match="labels must be 1, 0 or -1, got 2"):
+        distributed.mixed_groups([3, 3], [2, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_are_float32_whatever_the_default(dtype: torch.dtype) -> None:
+    given = batch([0, 1])
+    torch.set_default_dtype(dtype)
+    try:
+        found = distributed.span_weights(**given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.weights.dtype == torch.float32
 
 
 def test_bank_refuses() -> None:
@@ -315,4 +344,12 @@ def test_bank_refuses() -> None:
         bank.add(**arguments, sample_ids=[1, 2])
     with pytest.raises(ValueError, match=r"d = 24 and torch.float32 as before"):
         bank.add(**{**arguments, "hidden": arguments["hidden"][:, :8]}, sample_ids=[2, 3])
+    for change, error, message in (
+        ({"hidden": None}, TypeError, "hidden must be a torch.Tensor"),
+        ({"cu_seqlens": arguments["cu_seqlens"] + 2}, ValueError, "cu_seqlens must start at 0"),
+        ({"cu_seqlens": arguments["cu_seqlens"].flip(0)}, ValueError, "cu_seqlens must"),
+        ({"labels": [2, 0]}, ValueError, "labels must be 1, 0 or -1, got 2"),
+    ):
+        with pytest.raises(error, match=message):
+            bank.add(**{**arguments, **change}, sample_ids=[2, 3])
     assert len(bank) == 2

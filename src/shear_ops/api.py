@@ -201,7 +201,8 @@ def weighted_advantages(
         config=config,
         backend=backend,
     )
-    batch = weights.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    offsets = None if cu_seqlens is None else as_integers("cu_seqlens", cu_seqlens)
+    batch = weights.shape[0] if offsets is None else offsets.shape[0] - 1
     if advantages.shape != (batch,):
         raise ValueError(
             f"advantages must have shape ({batch},), one per rollout, got {tuple(advantages.shape)}"
@@ -210,9 +211,9 @@ def weighted_advantages(
         raise ValueError(
             f"advantages must be on hidden's device {weights.device}, got {advantages.device}"
         )
-    if cu_seqlens is None:
+    if offsets is None:
         return advantages[:, None] * weights
-    lengths = cu_seqlens.diff().to(advantages.device)
+    lengths = offsets.diff().to(advantages.device)
     return advantages.repeat_interleave(lengths, output_size=weights.shape[0]) * weights
 
 
@@ -381,6 +382,8 @@ def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
         raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be 1-d, got shape {tuple(rewards.shape)}")
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold must be a number, got {threshold!r}")
     if math.isnan(threshold):
         raise ValueError("threshold must be a number, got nan: every rollout would be incorrect")
     labels = (rewards >= threshold).to(torch.int8)
@@ -408,6 +411,8 @@ def plan(
     """
     _check_config(config)
     check_count("dim", dim)
+    if threads is not None:
+        check_count("threads", threads)
     backends.choose("cpu", torch.device("cpu"), config.distance)
     offsets = as_integers("cu_seqlens", cu_seqlens)
     counts: dict[str, Any] = _C.plan(

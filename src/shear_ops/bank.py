@@ -12,7 +12,6 @@ from torch import Tensor
 from . import api, distributed
 from .checks import as_integers
 from .config import SpanConfig
-from .packing import pack
 from .weighting import Weighting
 
 STORAGES = ("device", "cpu")
@@ -87,16 +86,14 @@ class HiddenBank:
         Raises:
             TypeError, ValueError: naming the argument, the value seen and the value wanted.
         """
-        packed = pack(hidden.detach(), cu_seqlens, mask)
+        # the reference takes any device, and its values are checked at once
+        call = api._prepare(hidden, cu_seqlens, mask, group_ids, labels, SpanConfig(), "reference")
+        packed = call.packed
         batch = packed.cu_seqlens.shape[0] - 1
-        columns = [
-            [int(value) for value in as_integers(name, values, batch).tolist()]
-            for name, values in (
-                ("sample_ids", sample_ids), ("group_ids", group_ids), ("labels", labels),
-            )
-        ]  # fmt: skip
+        ids = as_integers("sample_ids", sample_ids, batch)
+        columns = [[int(v) for v in t.tolist()] for t in (ids, call.group_ids, call.labels)]
         lengths = packed.cu_seqlens.diff().tolist()
-        like = packed.hidden[:0]
+        like = packed.hidden.detach()[:0]
         if self._like is not None and (like.shape, like.dtype) != (
             self._like.shape,
             self._like.dtype,
@@ -109,7 +106,7 @@ class HiddenBank:
         if known or len(set(columns[0])) < batch:
             raise ValueError(f"sample_ids must be new and unique, got {columns[0]}, known: {known}")
         self._like = like.clone()
-        rollouts = zip(*columns, lengths, torch.split(packed.hidden, lengths), strict=True)
+        rollouts = zip(*columns, lengths, torch.split(packed.hidden.detach(), lengths), strict=True)
         for sample, group, label, tokens, states in rollouts:
             self._rows[sample] = (group, label, tokens)
             if label >= 0 and (self._mixed_groups is None or group in self._mixed_groups):
@@ -141,10 +138,14 @@ class HiddenBank:
         rows, states = self._rows, self._states
         like = torch.empty(0, 1) if self._like is None else self._like
         self._rows, self._states, self._like = {}, {}, None
+        stored = set(states)
         # what was not stored has weight 1 whatever its states: a rollout without tokens
-        lengths = [rows[sample][2] if sample in states else 0 for sample in rows]
+        lengths = [rows[sample][2] if sample in stored else 0 for sample in rows]
+        parts = [like, *(states.pop(s).to(like.device) for s in rows if s in stored)]
+        hidden = torch.cat(parts)
+        parts.clear()  # else every state is there twice from here on
         found = distributed.span_weights(
-            torch.cat([like, *(states[s].to(like.device) for s in rows if s in states)]),
+            hidden,
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
             group_ids=[group for group, _, _ in rows.values()],
             labels=[label for _, label, _ in rows.values()],
@@ -155,9 +156,9 @@ class HiddenBank:
             backend=backend,
             process_group=process_group,
         )
-        parts = torch.split(found.weights, lengths)
+        found_of = torch.split(found.weights, lengths)
         weights = {
-            sample: part if sample in states else part.new_ones(rows[sample][2])
-            for sample, part in zip(rows, parts, strict=True)
+            sample: part if sample in stored else part.new_ones(rows[sample][2])
+            for sample, part in zip(rows, found_of, strict=True)
         }
         return BankedWeights(weights, *found[1:])

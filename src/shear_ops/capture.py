@@ -43,6 +43,8 @@ class HiddenCapture:
         """Find the backbone and hook it."""
         if align not in ALIGNMENTS:
             raise ValueError(f"align must be one of {', '.join(ALIGNMENTS)}, got {align!r}")
+        if not isinstance(backbone, (nn.Module, type(None))):
+            raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
         self.backbone = find_backbone(model) if backbone is None else backbone
         self._shift = ALIGNMENTS.index(align)
         self._recording: Recording | None = None
@@ -95,6 +97,8 @@ class HiddenCapture:
 
         For layouts that are known only after the forward; the caller empties the list as it goes.
         """
+        if self._whole is not None:
+            raise RuntimeError("whole is already on")
         collected: list[Tensor] = []
         self._whole = collected
         try:
@@ -126,6 +130,10 @@ class Recording:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be a (B, C) tensor, got {seen}")
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
+        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask must be 0 or 1 everywhere, got other values")
         self.hidden = torch.empty(0, 1)
         self._mask, self._shift = mask != 0, shift
         self._parts: list[Tensor] = []
@@ -168,11 +176,18 @@ def find_backbone(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if model is no torch.nn.Module.
-        ValueError: if below the wrappers there is no transformers model.
+        ValueError: if below the wrappers there is no transformers model, or for one that PEFT tunes
+            by prompts or prefixes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     while (inner := _inner(model)) is not None:
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "model must not be tuned by prompts or prefixes, got "
+                f"{type(model.active_peft_config).__name__}: its reference passes look like those "
+                "of the policy; LoRA and other adapters work"
+            )
         model = inner
     backbone = getattr(model, "base_model", None)
     if not isinstance(backbone, nn.Module):

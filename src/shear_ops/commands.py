@@ -18,12 +18,24 @@ from . import backends, build_info, cpu_isa
 from .config import CHOICES, SpanConfig
 from .report import html_report
 from .rollouts import Rollouts, check_output, load_rollouts, save_scores, shipped_rollouts
-from .summary import Scores, reference_check, score_rollouts, shown_rollout, summarize
+from .summary import reference_check, score_rollouts, shown_rollout, summarize
 from .terminal import print_summary
 
 EXTRAS = ("click", "rich", "safetensors", "matplotlib", "pot")
 NUMBERS = {"span": int, "stride": int, "reg": float, "n_iters": int, "tol": float}
 DEFAULTS = SpanConfig()
+HELP = {
+    "span": "Tokens per span.",
+    "stride": "Tokens from one span to the next, at most span.",
+    "reg": "Entropic regularisation, in the unit of --reg-unit.",
+    "reg_unit": "The mean norm of the group, or the cost itself.",
+    "n_iters": "Most Sinkhorn iterations per span pair.",
+    "tol": "Marginal error at which a span pair stops.",
+    "distance": "Between two spans; exact needs POT and --backend reference.",
+    "normalization": "Divide by the mean norm of the group or of the rollout.",
+    "pooling": "Of the spans that cover a token.",
+    "aggregation": "Over the spans of the rollouts with the opposite outcome.",
+}
 
 Command = Callable[..., Any]
 
@@ -37,6 +49,7 @@ def method_options(command: Command) -> Command:
             default=getattr(DEFAULTS, name),
             type=NUMBERS.get(name) or click.Choice(CHOICES[name]),
             show_default=True,
+            help=HELP[name],
         )(command)
     command = click.option(
         "--backend",
@@ -84,7 +97,11 @@ def demo(report: Path, reference: bool, **options: Any) -> None:
     type=click.Path(path_type=Path),
     help="Weights to write.  [default: FILE with .weights.safetensors]",
 )
-@click.option("--report", type=click.Path(path_type=Path), help="HTML report to write.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="HTML report to write: a group's rollouts coloured by token weight, and all tables.",
+)
 @click.option(
     "--reference/--no-reference",
     default=False,
@@ -96,20 +113,21 @@ def score(
 ) -> None:
     """Score your own rollouts, from a safetensors FILE.
 
-    It holds hidden (N, d) and cu_seqlens (B + 1), or hidden (B, T, d) and mask (B, T);
-    group_ids (B); labels (B): 1 correct, 0 incorrect, -1 ignored. Optional: tokens,
-    first_wrong (position of the first wrong token in each rollout, -1 if unknown), and the
-    metadata vocabulary (JSON list of strings).
+    It holds hidden (N, d) and cu_seqlens (B + 1), or hidden (B, T, d) and mask (B, T) of 0 or 1;
+    group_ids (B); labels (B): 1 correct, 0 incorrect, -1 ignored. hidden is float32, float16 or
+    bfloat16, the others are integers. Optional: tokens (N) or (B, T), ids of the texts to print;
+    first_wrong (B), position of the first wrong token in each rollout, -1 if unknown; and the
+    metadata vocabulary and prompts (JSON lists of strings) and source (a line about the file).
 
     Example: shear-ops score rollouts.safetensors --report report.html
     """
     out = out or file.with_suffix(".weights.safetensors")
     if out.resolve() == file.resolve():
         raise click.UsageError(f"--out is the input file {file}")
+    if report is not None and report.resolve() in (file.resolve(), out.resolve()):
+        raise click.UsageError(f"--report is the input file, or --out: {report}")
     check_output(out)
-    rollouts = load_rollouts(file)
-    scores = _run(rollouts, options, report, reference, {"weights": str(out)})
-    save_scores(out, rollouts, scores.weights, scores.found)
+    _run(load_rollouts(file), options, report, reference, out)
 
 
 @commands.command()
@@ -160,14 +178,15 @@ def _run(
     options: dict[str, Any],
     report: Path | None,
     reference: bool,
-    written: dict[str, str] | None = None,
-) -> Scores:
+    out: Path | None = None,
+) -> None:
+    """Score, write what was asked for, and print last: a closed pipe loses nothing."""
     as_json, backend = options.pop("as_json"), options.pop("backend")
     shown = shown_rollout(rollouts, options.pop("rollout"))
     config = SpanConfig(**options)
     if report is not None:
         check_output(report)
-    written = dict(written or {})
+    written = {}
     with _progress(quiet=as_json) as bar:
         task = bar.add_task("scoring", total=2 + reference)
         scores = score_rollouts(rollouts, config, backend)
@@ -178,12 +197,14 @@ def _run(
         if report is not None and len(rollouts):
             report.write_text(html_report(scores, summary, shown), encoding="utf-8")
             written["report"] = str(report)
+        if out is not None:
+            save_scores(out, rollouts, scores.weights, scores.found)
+            written["weights"] = str(out)
     summary["written"] = written
     if as_json:
         click.echo(json.dumps(summary, indent=1))
     else:
         print_summary(Console(), scores, summary, shown)
-    return scores
 
 
 def _progress(quiet: bool) -> Progress:

@@ -137,7 +137,7 @@ def span_weights(
         [Move(r, r.tokens, owners[r.group], r.rank) for r in travelling],
         lambda rollout: computed[rollout][:, None], 1, torch.float32,
     )  # fmt: skip
-    weights = torch.ones(offsets[-1], device=states.device)
+    weights = torch.ones(offsets[-1], dtype=torch.float32, device=states.device)
     for rollout in (r for members in mixed.values() for r in members if r.rank == link.rank):
         value = computed[rollout] if rollout in computed else returned[rollout][:, 0]
         weights[offsets[rollout.place] : offsets[rollout.place + 1]] = value
@@ -156,11 +156,24 @@ def mixed_groups(
 
     Args:
         group_ids, labels, process_group: as in span_weights.
+
+    Returns:
+        The same ids on every rank.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value seen and the value wanted.
+        RuntimeError: on the other ranks if one rank raised.
     """
     link = Link(process_group, torch.device("cpu"))
-    groups = as_integers("group_ids", group_ids).tolist()
-    truth = as_integers("labels", labels, len(groups)).tolist()
-    pairs = [[int(group), int(label)] for group, label in zip(groups, truth, strict=True)]
+
+    def check() -> list[list[int]]:
+        groups = as_integers("group_ids", group_ids).tolist()
+        truth = as_integers("labels", labels, len(groups)).tolist()
+        if unknown := [label for label in truth if label not in (1, 0, -1)]:
+            raise ValueError(f"labels must be 1, 0 or -1, got {unknown[0]}")
+        return [[int(group), int(label)] for group, label in zip(groups, truth, strict=True)]
+
+    pairs = link.agree(check)
     seen = {(group, label) for part in link.gather(pairs, 2) for group, label in part}
     return {group for group, label in seen if label == 1 and (group, 0) in seen}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -34,7 +35,14 @@ def _hash(uid: object) -> int:
     if isinstance(uid, str):
         text = uid
     elif isinstance(uid, Iterable):
-        text = repr([int(token) for token in uid])
+        try:
+            text = repr([index(token) for token in uid])
+        except TypeError as error:
+            raise _wrong(uid) from error
     else:
-        raise TypeError(f"uids must be strings or sequences of token ids, got {uid!r} among them")
+        raise _wrong(uid)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _wrong(uid: object) -> TypeError:
+    return TypeError(f"uids must be strings or sequences of token ids, got {uid!r} among them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,10 +35,12 @@ class Weighting:
         if not isinstance(self.mean_one, bool):
             raise TypeError(f"mean_one must be a bool, got {self.mean_one!r}")
         if self.clip is not None:
-            try:
-                low, high = map(float, self.clip)
-            except (TypeError, ValueError) as error:
-                raise TypeError(f"clip must be (low, high) or None, got {self.clip!r}") from error
+            if not isinstance(self.clip, Sequence) or not all(map(_is_number, self.clip)):
+                raise TypeError(f"clip must be (low, high) or None, got {self.clip!r}")
+            if len(self.clip) != 2:
+                raise ValueError(f"clip must be (low, high), got {self.clip!r}")
+            object.__setattr__(self, "clip", tuple(self.clip))  # equal and hashable, also of lists
+            low, high = self.clip
             if not (0 <= low <= high and math.isfinite(low)):
                 raise ValueError(f"clip must be (low, high), 0 <= low <= high, got {self.clip}")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int):
@@ -51,7 +54,14 @@ class Weighting:
         Args:
             weights: (N,) float32, all tokens of the group.
             step: optimizer steps taken so far; matters for warmup_steps only.
+
+        Raises:
+            TypeError, ValueError: unless step is an int of at least 0.
         """
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"step must be an int, got {step!r}")
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
         if self.mean_one:
             mean = weights.mean()
             # all rollouts identical: every weight is 0, and uniform weights are what has mean 1
@@ -61,3 +71,7 @@ class Weighting:
         if step < self.warmup_steps:
             weights = 1 + (weights - 1) * (step / self.warmup_steps)
         return weights
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

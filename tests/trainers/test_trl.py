@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from shear_ops import Weighting, span_weights
+from shear_ops import HiddenCapture, Weighting, span_weights
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 from trl import GRPOTrainer  # noqa: E402
@@ -270,6 +270,63 @@ def test_refuses_liger_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", lambda self: None, raising=False)
     with pytest.raises(ValueError, match="use_liger_kernel must be False"):
         attach(trainer)
+
+
+@pytest.mark.parametrize("mode", ["score", "loss"])
+@pytest.mark.parametrize("what", ["reordered", "filtered"])
+def test_subclass_that_moves_scored_rollouts(mode: str, what: str) -> None:
+    class Moving(GRPOTrainer):  # type: ignore[misc]
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            batch = super()._generate_and_score_completions(inputs)
+            size = len(batch["completion_ids"])
+            rows = torch.arange(size).flip(0) if what == "reordered" else torch.arange(size // 2)
+            return {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+
+    trainer = build(GRPOTrainer)
+    trainer.__class__ = Moving
+    with pytest.raises(RuntimeError, match="ShearMoving filtered, added or reordered rollouts"):
+        attach(trainer, ShearConfig(mode=mode, spans=SPANS)).train()
+
+
+def test_refuses_losses_of_trl_that_take_one_advantage_per_rollout() -> None:
+    gmpo = pytest.importorskip("trl.experimental.gmpo", reason="this trl has no GMPO")
+    trainer = build(GRPOTrainer)
+    trainer.__class__ = gmpo.GMPOTrainer
+    with pytest.raises(ValueError, match="trainer must not be trl's GMPOTrainer"):
+        attach(trainer)
+
+
+def test_refused_configuration_leaves_the_trainer_as_it_was() -> None:
+    trainer = build(GRPOTrainer)
+    for wrong in ({"threshold": 0.5}, SPANS):
+        with pytest.raises(TypeError, match="shear_config must be a ShearConfig"):
+            attach(trainer, wrong)
+        assert type(trainer) is GRPOTrainer
+    attach(trainer)
+
+
+def test_no_dropout_in_the_forward_for_shear(calls: list[dict[str, Any]]) -> None:
+    """Identical rollouts are at distance 0, also in a model that drops out."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora = peft.LoraConfig(
+        r=4, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+    )
+    model = tiny.model()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    with pytest.warns(UserWarning, match=r"dropout of 0.5.*disable_dropout=True"):
+        trainer = build(ShearGRPOTrainer, "score", model=model, peft=lora)
+    capture = HiddenCapture(trainer.model)
+    ids = torch.arange(3, 9).repeat(2, 1)
+    batch = {"prompt_ids": ids[:, :2], "completion_ids": ids[:, 2:]}
+    batch |= {"prompt_mask": torch.ones(2, 2).long(), "completion_mask": torch.ones(2, 4).long()}
+    trainer.model.train()
+    with capture.recording(batch["completion_mask"]) as recording:
+        trainer._forward_for_shear(batch, True)
+    first, second = recording.hidden.chunk(2)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    assert all(module.training for module in trainer.model.modules())
 
 
 def test_loss_without_a_forward_of_the_policy() -> None:

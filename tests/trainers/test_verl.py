@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,7 +191,7 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = SimpleNamespace(keys=["a", "b"], partition_id="train", extra_info={})
     trainer, metrics = cls(CONFIG), {}
     trainer._compute_old_log_prob(batch, metrics)
-    assert '"step": 3' in trainer.sent[0]
+    assert '"step": 2' in trainer.sent[0]
     assert batch.extra_info == {}
     trainer._compute_advantage(batch, metrics)
     assert list(put) == ["advantages"]
@@ -219,12 +220,28 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
             "actor.strategy must be fsdp or fsdp2 with shear.*, got megatron",
         ),
         ({"shear": {"spans": {"span": 0}}}, "span must be in"),
+        (
+            {"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "geo_mean"}}}},
+            "loss_mode must be one with token-level advantages with shear.*, got geo_mean",
+        ),
         ({"shear": {"align": "next"}}, "align must be token or predictor, got 'next'"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         integration.flag_of(OmegaConf.merge(CONFIG, change), 0)
+
+
+def test_settings_of_the_command_line() -> None:
+    given = OmegaConf.from_dotlist(["shear.weighting.clip=[0.5,2]", "shear.threshold=1"])
+    sent = json.loads(integration.flag_of(OmegaConf.merge(CONFIG, given), 0))["section"]
+    settings = integration.Settings.parse(sent)
+    assert settings.weighting.clip == (0.5, 2)
+    assert settings.threshold == 1
+    with pytest.raises(TypeError, match="shear must be a section of settings, got 3"):
+        integration.flag_of(
+            OmegaConf.merge(OmegaConf.masked_copy(CONFIG, ["algorithm"]), {"shear": 3}), 0
+        )
 
 
 def test_trainer_refuses_when_it_is_made() -> None:

@@ -54,6 +54,8 @@ class Settings:
         Raises:
             TypeError, ValueError: naming the field, the value seen and the values wanted.
         """
+        if not isinstance(section, Mapping):
+            raise TypeError(f"shear must be a section of settings, got {section!r}")
         made = dict(section)
         known = [item.name for item in fields(cls)]
         if unknown := sorted(set(made) - set(known)):
@@ -94,6 +96,8 @@ class RewardSettings(Settings):
             ValueError: if it is none of them, or if there are several and correctness is not set.
         """
         wanted, listed = self.correctness, ", ".join(names)
+        if not names:
+            raise ValueError("reward_funcs must have the function for correctness, got none")
         if wanted is None:
             if len(names) > 1:
                 raise ValueError(
@@ -102,7 +106,7 @@ class RewardSettings(Settings):
                     "of a mixed advantage does not: all wrong groups have positive ones, too"
                 )
             return 0
-        if isinstance(wanted, int) and 0 <= wanted < len(names):
+        if isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < len(names):
             return wanted
         if names.count(wanted) != 1:
             raise ValueError(

@@ -140,7 +140,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
         rows = iter(found.weights.values())  # as added: micro-batch by micro-batch
         for batch in (encoded["grpo_batch"] for encoded in batch_encoded_inputs):
             mask = batch.completion_mask.bool()
-            weights = torch.ones(mask.shape, device=mask.device)
+            weights = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
             weights[mask] = torch.cat(list(islice(rows, len(mask))))
             batch.advantages = batch.advantages * weights
         metrics = self._metrics["train" if self.model.training else "eval"]

@@ -20,18 +20,23 @@ Runs with stubs: use_vllm with a server, whose answers are made up (not with trl
 source only: FSDP1 and a vLLM engine in the same process, which need a GPU.
 
 Not supported, and refused: trl before 0.29; importance_sampling_level other than "token";
-use_liger_kernel where trl's Liger loss takes one advantage per rollout.
+use_liger_kernel where trl's Liger loss takes one advantage per rollout; trl's trainers with such
+a loss (GMPO); subclasses that filter, add or reorder rollouts after they were scored. The loss of
+a subclass of your own has to take advantages of shape (B, C).
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import trl
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from .. import distributed
@@ -86,7 +91,10 @@ class ShearMixin(_Base):  # type: ignore[misc]
 
     def _start_shear(self, config: ShearConfig | None) -> None:
         self.shear_config = config = ShearConfig() if config is None else config
+        if not isinstance(config, ShearConfig):
+            raise TypeError(f"shear_config must be a ShearConfig, got {config!r}")
         _refuse(self)
+        _warn_of_dropout(self.model)
         if generated(type(self)) and not isinstance(self, UnslothLayout):
             raise TypeError(
                 "UnslothLayout must come before ShearMixin where Unsloth generated the trainer, "
@@ -99,10 +107,14 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self._shear_recording: Recording | None = None
         self._shear_inputs: dict[str, Any] | None = None
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        # (all ranks' rollouts, functions): trl has the rewards by function nowhere else
-        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
-        self._shear_rewards = rewards
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(
+            inputs, prompts, completions, completion_ids_list
+        )
+        # (all ranks' rollouts, functions), and the answers of this rank: trl has them nowhere else
+        self._shear_rewards, self._shear_answers = rewards, completion_ids_list
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -114,6 +126,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self._shear_recording = None
         try:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            self._shear_check_rows(batch["completion_ids"])
             size = batch["completion_ids"].shape[0]
             first = self.accelerator.process_index * size
             samples = torch.arange(first, first + size, device=batch["completion_ids"].device)
@@ -130,11 +143,22 @@ class ShearMixin(_Base):  # type: ignore[misc]
         finally:
             self._shear_scoring, self._shear_recording = False, None
 
+    def _shear_check_rows(self, completion_ids: Tensor) -> None:
+        """Raise unless the rows of a batch are the answers that were scored, in their order."""
+        rows, answers = completion_ids.tolist(), [list(answer) for answer in self._shear_answers]
+        same = (row[: len(answer)] == answer for row, answer in zip(rows, answers, strict=False))
+        if len(rows) != len(answers) or not all(same):
+            raise RuntimeError(
+                f"{type(self).__name__} filtered, added or reordered rollouts after they were "
+                f"scored ({len(answers)} answers scored, {len(rows)} rows in the batch): which of "
+                "them are correct, and whose group they are in, is not known any more"
+            )
+
     def _forward_for_shear(self, batch: dict[str, Any], training: bool) -> None:
         # through trl's own method, which knows how this model wants images, chunks and autocast
         wanted = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
         args = self.args
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.model):  # dropout would tell equal tokens apart
             self._get_per_token_logps_and_entropies(
                 self.model,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
@@ -216,7 +240,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
             weighting=self.shear_config.weighting,
             step=self.state.global_step,
         )
-        weights = torch.ones(mask.shape, device=mask.device)
+        weights = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
         weights[mask] = found.weights
         batch["advantages"] = batch["advantages"][:, None] * weights
         metrics = self._metrics["train" if training else "eval"]
@@ -238,11 +262,14 @@ def attach(trainer: Trainer, shear_config: ShearConfig | None = None) -> Trainer
     Training is bit-identical to that of a ShearGRPOTrainer.
 
     Args:
-        trainer: a trl.GRPOTrainer or an instance of a subclass, before train().
+        trainer: a trl.GRPOTrainer or an instance of a subclass, before train(). A subclass that
+            filters or reorders scored rollouts raises in train(); its loss has to take advantages
+            of shape (B, C).
         shear_config: default ShearConfig().
 
     Raises:
-        TypeError: for another trainer. ValueError: as ShearGRPOTrainer.
+        TypeError: for another trainer, or another configuration.
+        ValueError: as ShearGRPOTrainer. The trainer stays as it was.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}")
@@ -252,7 +279,7 @@ def attach(trainer: Trainer, shear_config: ShearConfig | None = None) -> Trainer
     trainer.__class__ = type(f"Shear{plain.__name__}", (*mixins(plain), plain), {})
     try:
         trainer._start_shear(shear_config)
-    except ValueError:
+    except Exception:
         trainer.__class__ = plain
         raise
     return trainer
@@ -271,8 +298,39 @@ def _refuse(trainer: Any) -> None:
             f"{trainer.importance_sampling_level!r}: with one ratio per rollout, token weights "
             "reduce to their mean"
         )
+    owner = next(
+        cls
+        for cls in type(trainer).__mro__
+        if cls is not ShearMixin and "_compute_loss" in vars(cls)
+    )
+    if owner is not GRPOTrainer and owner.__module__.startswith("trl."):
+        raise ValueError(
+            f"trainer must not be trl's {owner.__name__}: its loss takes one advantage per rollout"
+        )
     if trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"):
         raise ValueError(
             "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
             "rollout (newer versions of trl leave the loss alone)"
         )
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    share = max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0)
+    if share > 0:
+        warnings.warn(
+            f"the policy has dropout of {share:g}: hidden states of equal tokens differ where they "
+            "are taken from trl's own forwards. disable_dropout=True in GRPOConfig turns it off",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back: of every module that was training, not of those that were not."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

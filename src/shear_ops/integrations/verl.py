@@ -8,7 +8,7 @@ the configuration has a ``shear`` section:
     +shear.threshold    a rollout is correct if the sum of its rm_scores is at least this
     +shear.align        as in HiddenCapture
     +shear.spans.*      fields of SpanConfig
-    +shear.weighting.*  fields of Weighting
+    +shear.weighting.*  fields of Weighting; warmup_steps counts steps of the trainer
 
 The pass for the old log-probabilities, which verl makes anyway, also gives the hidden states; they
 are regrouped over the data-parallel group, and a field ``shear_weights`` per token goes back with
@@ -30,6 +30,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1 import trainer_base
@@ -159,7 +160,8 @@ def flag_of(config: Any, step: int) -> str | None:
     section = config.get("shear", None)
     if section is None:
         return None
-    section = json.loads(json.dumps(section, default=dict))
+    if OmegaConf.is_config(section):
+        section = OmegaConf.to_container(section, resolve=True)
     Settings.parse(section)
     if (estimator := config.algorithm.adv_estimator) != "grpo":
         raise ValueError(f"algorithm.adv_estimator must be grpo with shear.*, got {estimator}")
@@ -173,6 +175,12 @@ def flag_of(config: Any, step: int) -> str | None:
         raise ValueError(
             "actor_rollout_ref.actor.strategy must be fsdp or fsdp2 with shear.*, got "
             f"{strategy}: only verl's FSDP engine gives the hidden states"
+        )
+    loss = config.actor_rollout_ref.actor.get("policy_loss", None)
+    if loss and loss.get("loss_mode") == "geo_mean":
+        raise ValueError(
+            "actor_rollout_ref.actor.policy_loss.loss_mode must be one with token-level "
+            "advantages with shear.*, got geo_mean: it takes their mean over a rollout"
         )
     return json.dumps({"section": section, "step": step})
 
@@ -189,7 +197,7 @@ def _install(trainer: Any) -> None:
 
     @wraps(old_log_prob)
     def compute_old_log_prob(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
-        flag = flag_of(self.config, self.global_steps)
+        flag = flag_of(self.config, self.global_steps - 1)  # verl counts from 1
         if flag is None:
             return old_log_prob(self, batch, metrics)
         batch.extra_info[FLAG] = flag
@@ -203,7 +211,7 @@ def _install(trainer: Any) -> None:
     @wraps(advantage)
     def compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = advantage(self, batch, metrics)
-        if flag_of(self.config, self.global_steps) is None:
+        if self.config.get("shear", None) is None:
             return batch
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = trainer_base.tq.kv_batch_get(**where, select_fields=["advantages", FIELD])
