@@ -168,6 +168,7 @@ fi
 if wanted rollouts; then
   larger=(--problem-steps 100 --width 1024 --layers 8 --steps 20000 --minutes 4 --groups 4 --most 64)
   [ -z "$quick" ] || larger=(--problem-steps 12 --steps 2 --groups 1 --any-group)
+  rm -f "$BUILD/larger.safetensors"  # an older one must not be counted in its place
   attempt "larger rollouts: training, sampling" 400 "$PYTHON" examples/arithmetic/record.py --device "$device" \
     "${larger[@]}" --out "$BUILD/larger.safetensors"
   if [ -f "$BUILD/larger.safetensors" ]; then

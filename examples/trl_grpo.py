@@ -78,6 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model, tokenizer = tiny_model() if arguments.tiny else (arguments.model, None)
+    verifier = even if arguments.tiny else correct
     small = {"use_cpu": True, "bf16": False, "max_completion_length": 24, "report_to": []}
     args = GRPOConfig(
         arguments.out,
@@ -90,13 +91,11 @@ def main() -> None:
     trainer = ShearGRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        reward_funcs=[even if arguments.tiny else correct, has_format],
+        reward_funcs=[verifier, has_format],
         args=args,
         train_dataset=problems(64 if arguments.tiny else 4096),
         shear_config=ShearConfig(
-            correctness="even"
-            if arguments.tiny
-            else "correct",  # with two rewards, one has to be named
+            correctness=verifier.__name__,  # with two rewards, one has to be named
             spans=SpanConfig(span=6, stride=2) if arguments.tiny else SpanConfig(),
         ),
     )

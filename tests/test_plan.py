@@ -158,21 +158,8 @@ def test_device_plan_of_the_paper_group() -> None:
 
 @pytest.mark.parametrize(
     ("span", "solver"),
-    [
-        (1, 0),
-        (32, 0),
-        (33, 1),
-        (64, 1),
-        (65, 2),
-        (100, 2),
-        (101, 3),
-        (128, 3),
-        (129, 4),
-        (238, 4),
-        (239, 4),
-        (4096, 4),
-    ],
-)
+    [(1, 0), (32, 0), (33, 1), (64, 1), (65, 2), (100, 2), (101, 3), (128, 3), (129, 4), (238, 4), (239, 4), (4096, 4)],
+)  # fmt: skip
 def test_device_solver_follows_the_span(span: int, solver: int) -> None:
     """Not the lengths of the rollouts at hand: distances must not depend on others in the call."""
     for tokens in (10, 300, 5000):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import _C, backends, reference
 from .checks import as_integers, check_states
-from .config import CHOICES, SpanConfig, check_count, check_reg, check_tol
+from .config import CHOICES, SpanConfig, check_count, check_reg, check_threshold, check_tol
 from .packing import Packed, pack
 
 Integers = Tensor | Sequence[int]
@@ -192,16 +191,16 @@ def weighted_advantages(
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         seen = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
         raise TypeError(f"advantages must be a floating-point tensor, got {seen}")
+    offsets = None if cu_seqlens is None else as_integers("cu_seqlens", cu_seqlens)
     weights = span_weights(
         hidden,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=offsets,
         mask=mask,
         group_ids=group_ids,
         labels=labels,
         config=config,
         backend=backend,
     )
-    offsets = None if cu_seqlens is None else as_integers("cu_seqlens", cu_seqlens)
     batch = weights.shape[0] if offsets is None else offsets.shape[0] - 1
     if advantages.shape != (batch,):
         raise ValueError(
@@ -382,10 +381,7 @@ def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
         raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be 1-d, got shape {tuple(rewards.shape)}")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold must be a number, got {threshold!r}")
-    if math.isnan(threshold):
-        raise ValueError("threshold must be a number, got nan: every rollout would be incorrect")
+    check_threshold(threshold)
     labels = (rewards >= threshold).to(torch.int8)
     return labels.masked_fill(rewards.isnan(), -1)
 

@@ -18,8 +18,6 @@ DISTANCES = {
     "triton": ("sinkhorn", "chamfer", "mmd", "cosine"),
 }
 GPUS = ("cuda", "xpu")  # device types of torch; AMD GPUs are "cuda" too
-
-
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_states
+from .checks import check_states, mask_as_bool
 
 ALIGNMENTS = ("token", "predictor")
 
@@ -130,12 +130,8 @@ class Recording:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be a (B, C) tensor, got {seen}")
-        if mask.is_floating_point() or mask.is_complex():
-            raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
-        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("mask must be 0 or 1 everywhere, got other values")
         self.hidden = torch.empty(0, 1)
-        self._mask, self._shift = mask != 0, shift
+        self._mask, self._shift = mask_as_bool(mask), shift
         self._parts: list[Tensor] = []
         self._rows = 0
         self.cu_seqlens = nn.functional.pad(self._mask.sum(1).cumsum(0), (1, 0)).cpu()

@@ -78,8 +78,6 @@ def check_mask(mask: object, hidden: Tensor) -> Tensor:
     """Return mask as a bool tensor of shape (B, T) on hidden's device."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
-    if mask.dtype.is_floating_point or mask.dtype.is_complex:
-        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
     if mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"mask must have hidden's first two dimensions {tuple(hidden.shape[:2])}, "
@@ -87,6 +85,13 @@ def check_mask(mask: object, hidden: Tensor) -> Tensor:
         )
     if mask.device != hidden.device:
         raise ValueError(f"mask must be on hidden's device {hidden.device}, got {mask.device}")
+    return mask_as_bool(mask)
+
+
+def mask_as_bool(mask: Tensor) -> Tensor:
+    """Return a mask of bools or of 0 and 1 as bools, or raise."""
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
     if mask.dtype is torch.bool:
         return mask
     if not torch.compiler.is_compiling() and not bool(((mask == 0) | (mask == 1)).all()):

@@ -87,17 +87,28 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be in [1, 2^31), got {value}")
 
 
+def check_number(name: str, value: object) -> float:
+    """Return value, or raise TypeError unless it is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def check_threshold(threshold: object) -> None:
+    """Raise unless threshold is a number other than NaN, at which no rollout would be correct."""
+    if math.isnan(check_number("threshold", threshold)):
+        raise ValueError("threshold must be a number, got nan")
+
+
 def check_reg(reg: object) -> None:
     """Raise unless reg is a positive finite number."""
-    if isinstance(reg, bool) or not isinstance(reg, (int, float)):
-        raise TypeError(f"reg must be a number, got {reg!r}")
+    reg = check_number("reg", reg)
     if not (math.isfinite(reg) and reg > 0):
         raise ValueError(f"reg must be positive and finite, got {reg}")
 
 
 def check_tol(tol: object) -> None:
     """Raise unless tol is a non-negative finite number."""
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
-        raise TypeError(f"tol must be a number, got {tol!r}")
+    tol = check_number("tol", tol)
     if not (math.isfinite(tol) and tol >= 0):
         raise ValueError(f"tol must be non-negative and finite, got {tol}")

@@ -133,7 +133,7 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
         for part in ray.get(self._shear_refs)[::replicas]:
             weights |= part
         for experience in experiences:
-            full = torch.ones(experience.action_mask.shape)
+            full = torch.ones(experience.action_mask.shape, dtype=torch.float32)
             full[experience.action_mask.bool()] = torch.cat([weights[i] for i in experience.index])
             experience.info["shear_weights"] = full
         return experiences

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from ..capture import ALIGNMENTS
-from ..config import SpanConfig
+from ..config import SpanConfig, check_threshold
 from ..weighting import Weighting
 
 _SECTIONS: dict[str, Any] = {"spans": SpanConfig, "weighting": Weighting}
@@ -37,10 +36,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every field; spans and weighting have checked theirs."""
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise TypeError(f"threshold must be a number, got {self.threshold!r}")
-        if math.isnan(self.threshold):
-            raise ValueError("threshold must be a number, got nan")
+        check_threshold(self.threshold)
         for name, kind in _SECTIONS.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")

@@ -113,8 +113,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         rewards: Tensor = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )
-        # (all ranks' rollouts, functions), and the answers of this rank: trl has them nowhere else
-        self._shear_rewards, self._shear_answers = rewards, completion_ids_list
+        # (all ranks' rollouts, functions), and what they are of: trl has neither anywhere else
+        self._shear_rewards, self._shear_scored = rewards, completion_ids_list
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -144,13 +144,13 @@ class ShearMixin(_Base):  # type: ignore[misc]
             self._shear_scoring, self._shear_recording = False, None
 
     def _shear_check_rows(self, completion_ids: Tensor) -> None:
-        """Raise unless the rows of a batch are the answers that were scored, in their order."""
-        rows, answers = completion_ids.tolist(), [list(answer) for answer in self._shear_answers]
-        same = (row[: len(answer)] == answer for row, answer in zip(rows, answers, strict=False))
-        if len(rows) != len(answers) or not all(same):
+        """Raise unless the rows of a batch are the rollouts that were scored, in their order."""
+        rows, scored = completion_ids.tolist(), [list(ids) for ids in self._shear_scored]
+        same = (row[: len(ids)] == ids for row, ids in zip(rows, scored, strict=False))
+        if len(rows) != len(scored) or not all(same):
             raise RuntimeError(
                 f"{type(self).__name__} filtered, added or reordered rollouts after they were "
-                f"scored ({len(answers)} answers scored, {len(rows)} rows in the batch): which of "
+                f"scored ({len(scored)} scored, {len(rows)} in the batch): which of "
                 "them are correct, and whose group they are in, is not known any more"
             )
 

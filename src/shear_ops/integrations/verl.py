@@ -91,7 +91,7 @@ class _Pass:
         found = self.bank.finalize(self.group, **self.options).weights
         rows = []
         for sample, mask in zip(self.samples, data["response_mask"].unbind(), strict=True):
-            row = torch.ones(len(mask), device=found[sample].device)
+            row = torch.ones(len(mask), dtype=torch.float32, device=found[sample].device)
             row[mask.bool().to(row.device)] = found[sample]
             rows.append(row)
         lengths = [len(row) for row in rows]
