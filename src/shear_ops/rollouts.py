@@ -79,7 +79,7 @@ class Rollouts:
 
     def group(self, group_id: int) -> Rollouts:
         """Return the rollouts of one group as a batch of its own, packed."""
-        members = [i for i in range(len(self)) if int(self.group_ids[i]) == group_id]
+        members = (self.group_ids == group_id).nonzero().flatten().tolist()
         rows = torch.cat([torch.arange(*self.cu_seqlens[i : i + 2].tolist()) for i in members])
         lengths = self.cu_seqlens.diff()[members]
         return Rollouts(
