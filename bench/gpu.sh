@@ -93,7 +93,7 @@ else
 fi
 "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$BUILD" "${settings[@]}" .
 "$PYTHON" -m shear_ops info
-backends=$("$PYTHON" -c 'from shear_ops import backends
+backends=$("$PYTHON" -c 'from shear_ops.ops import backends
 print(*(n for n, why in backends.status().items() if n in ("cuda", "triton") and why is None))')
 [ -n "$backends" ] || fail "no GPU backend can be used; shear-ops info above says why"
 either=${backends// / or } default=${backends%% *}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import shear_ops
 from shear_ops import SpanConfig, SpanDistances
-from shear_ops.rollouts import load_rollouts, shipped_rollouts
+from shear_ops.cli.rollouts import load_rollouts, shipped_rollouts
 
 from .ceilings import ceilings, solver
 from .contest import OURS, Entry, own_setting, qualify

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shear_ops import SpanConfig
+from shear_ops.cli.rollouts import load_rollouts, shipped_rollouts
 from shear_ops.reference import spans
-from shear_ops.rollouts import load_rollouts, shipped_rollouts
 
 CONFIG = SpanConfig()  # the paper's spans of 100 every 25, reg 0.03
 SETTINGS = {

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shear_ops import backends
+from shear_ops.ops import backends
 
 from .contest import Entry
 from .interpreter import patch_once

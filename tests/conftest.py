@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shear_ops import backends
+from shear_ops.ops import backends
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
 

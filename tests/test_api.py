@@ -10,7 +10,8 @@ import torch
 
 import shear_ops
 from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
-from shear_ops import SpanConfig, backends
+from shear_ops import SpanConfig
+from shear_ops.ops import backends
 
 config = SpanConfig(**CONFIG)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import shear_ops
 from problems import DTYPES, PROBLEMS, Problem
-from shear_ops import SpanConfig, SpanDistances, backends, reference
+from shear_ops import SpanConfig, SpanDistances, reference
+from shear_ops.ops import backends
 
 # Largest error of a span distance or weight, relative to the larger of the value and of `SCALE`
 # times the mean norm: near 0 an error is judged against what sets the resolution of the distance.

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import shear_ops
 from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
-from shear_ops import SpanConfig, cli
-from shear_ops.rollouts import load_rollouts
-from shear_ops.summary import auc, mistake_auc, verdict
+from shear_ops import SpanConfig
+from shear_ops.cli import main as cli
+from shear_ops.cli.rollouts import load_rollouts
+from shear_ops.cli.summary import auc, mistake_auc, verdict
 
 OPTIONS = ("--span", "16", "--stride", "5")
 
@@ -275,9 +276,9 @@ def test_a_base_install_says_what_is_missing(
 ) -> None:
     """Without the extra there is one line, wherever the import is."""
     for name in list(sys.modules):
-        if name == "shear_ops.commands" or name == package or name.startswith(f"{package}."):
+        if name == "shear_ops.cli.commands" or name == package or name.startswith(f"{package}."):
             monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
-    monkeypatch.delitem(sys.modules, "shear_ops.commands", raising=False)
+    monkeypatch.delitem(sys.modules, "shear_ops.cli.commands", raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
     done = shear("score", file, *OPTIONS, "--report", tmp_path / "r")
     assert done == (1, "", f'shear-ops: {package} is missing: pip install "shear_ops[cli]"\n')

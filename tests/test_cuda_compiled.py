@@ -7,7 +7,7 @@ import json
 import pytest
 from bench import sass
 
-from shear_ops import cuda
+from shear_ops.ops import cuda
 
 WHOLE = json.loads(sass.RECORD.read_text(encoding="utf-8"))
 STATIC_SHARED_BYTES = 256  # kStaticSharedBytes in csrc/cuda/launch.h

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import shear_ops
 from problems import DTYPES, PROBLEMS, Text, problem
-from shear_ops import SpanConfig, backends, reference
+from shear_ops import SpanConfig, reference
+from shear_ops.ops import backends
 from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
 
 ROOT = Path(__file__).parents[1]

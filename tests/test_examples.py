@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shear_ops.rollouts import load_rollouts
+from shear_ops.cli.rollouts import load_rollouts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECORD = EXAMPLES / "arithmetic" / "record.py"

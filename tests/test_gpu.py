@@ -10,7 +10,8 @@ from torch import Tensor
 
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments
-from shear_ops import SpanConfig, backends
+from shear_ops import SpanConfig
+from shear_ops.ops import backends
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.interpreted(), reason="no CUDA or ROCm GPU"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import shear_ops
 from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
 from shear_ops import SpanConfig
-from shear_ops.rollouts import (
+from shear_ops.cli.rollouts import (
     RolloutFileError,
     check_output,
     load_rollouts,

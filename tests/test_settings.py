@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shear_ops import SpanConfig, Weighting
-from shear_ops.integrations.settings import RewardSettings, Settings
+from shear_ops.training.settings import RewardSettings, Settings
 
 
 def test_parse() -> None:

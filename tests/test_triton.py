@@ -18,7 +18,8 @@ from torch import Tensor
 
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments
-from shear_ops import SpanConfig, backends
+from shear_ops import SpanConfig
+from shear_ops.ops import backends
 from test_backends import device_of, span_distances
 
 REASON = backends.status()["triton"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shear_ops import backends
+from shear_ops.ops import backends
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -4,9 +4,11 @@
 token; ``torch.ops.shear.span_weights`` is the same as a torch operator.
 """
 
-from . import distributed, reference, torch_op  # noqa: F401
+from . import reference
 from ._C import build_info, cpu_isa
-from .api import (
+from .config import SpanConfig
+from .ops import torch_op  # noqa: F401  (registers)
+from .ops.api import (
     PairCounts,
     Plan,
     SinkhornResult,
@@ -19,11 +21,11 @@ from .api import (
     span_weights,
     weighted_advantages,
 )
-from .bank import BankedWeights, HiddenBank
-from .capture import HiddenCapture
-from .config import SpanConfig
-from .groups import group_ids_from_uids
-from .weighting import Weighting
+from .training import distributed
+from .training.bank import BankedWeights, HiddenBank
+from .training.capture import HiddenCapture
+from .training.groups import group_ids_from_uids
+from .training.weighting import Weighting
 
 __version__: str = build_info()["version"]
 

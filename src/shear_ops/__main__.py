@@ -1,5 +1,5 @@
 """python -m shear_ops: the same as the command shear-ops."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -38,7 +38,7 @@ from swift.template import TemplateMeta, register_template
 from swift.trainers import TrainerFactory
 
 from shear_ops.integrations import swift as integration
-from shear_ops.integrations.settings import RewardSettings
+from shear_ops.training.settings import RewardSettings
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 SPANS = {"span": 4, "stride": 2, "tol": 1e-6, "n_iters": 2000}

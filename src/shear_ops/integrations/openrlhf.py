@@ -42,11 +42,11 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ray import ppo_actor
 from torch import Tensor
 
-from ..api import labels_from_rewards
-from ..bank import HiddenBank
-from ..capture import HiddenCapture
-from ..distributed import mixed_groups
-from .settings import Settings
+from ..ops.api import labels_from_rewards
+from ..training.bank import HiddenBank
+from ..training.capture import HiddenCapture
+from ..training.distributed import mixed_groups
+from ..training.settings import Settings
 
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
 

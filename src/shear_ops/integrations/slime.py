@@ -50,12 +50,12 @@ from megatron.core import mpu
 from slime.utils.ppo_utils import get_grpo_returns
 from torch import Tensor, nn
 
-from ..api import labels_from_rewards
-from ..bank import HiddenBank
-from ..capture import HiddenCapture
-from ..distributed import mixed_groups
+from ..ops.api import labels_from_rewards
+from ..training.bank import HiddenBank
+from ..training.capture import HiddenCapture
+from ..training.distributed import mixed_groups
+from ..training.settings import Settings
 from .megatron import Layout, final_norm, own_part
-from .settings import Settings
 
 ESTIMATORS = ("grpo", "cispo")
 FIELDS = (

@@ -41,12 +41,12 @@ from swift.trainers import TrainerFactory
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..api import labels_from_rewards
-from ..bank import HiddenBank
-from ..capture import HiddenCapture
-from ..distributed import mixed_groups
-from .metrics import log_weights
-from .settings import RewardSettings
+from ..ops.api import labels_from_rewards
+from ..training.bank import HiddenBank
+from ..training.capture import HiddenCapture
+from ..training.distributed import mixed_groups
+from ..training.metrics import log_weights
+from ..training.settings import RewardSettings
 
 OLDEST_SWIFT = (4, 6)
 

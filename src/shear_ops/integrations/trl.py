@@ -39,11 +39,11 @@ import trl
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from .. import distributed
-from ..api import labels_from_rewards
-from ..capture import HiddenCapture, Recording
-from .metrics import log_weights
-from .settings import RewardSettings
+from ..ops.api import labels_from_rewards
+from ..training import distributed
+from ..training.capture import HiddenCapture, Recording
+from ..training.metrics import log_weights
+from ..training.settings import RewardSettings
 from .unsloth import UnslothLayout, generated
 
 MODES = ("auto", "loss", "score")

@@ -38,12 +38,12 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from ..api import labels_from_rewards
-from ..bank import HiddenBank
-from ..capture import HiddenCapture
-from ..distributed import mixed_groups
-from ..groups import group_ids_from_uids
-from .settings import Settings
+from ..ops.api import labels_from_rewards
+from ..training.bank import HiddenBank
+from ..training.capture import HiddenCapture
+from ..training.distributed import mixed_groups
+from ..training.groups import group_ids_from_uids
+from ..training.settings import Settings
 
 FLAG = "shear"  # with the data of a pass: the section of the configuration, and the step, as JSON
 FIELD = "shear_weights"

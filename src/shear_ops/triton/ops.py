@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..checks import OP_INTEGER_DTYPES, STATE_DTYPES, capturing
+from ..ops.checks import OP_INTEGER_DTYPES, STATE_DTYPES, capturing
 from . import bounds
 from . import sinkhorn as solver
 from .nearest import Pairs

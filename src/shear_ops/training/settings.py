@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from ..capture import ALIGNMENTS
 from ..config import SpanConfig, check_threshold
-from ..weighting import Weighting
+from .capture import ALIGNMENTS
+from .weighting import Weighting
 
 _SECTIONS: dict[str, Any] = {"spans": SpanConfig, "weighting": Weighting}
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import Library, get_ctx, register_autograd, register_fake
 
-from . import _C, backends, cuda  # noqa: F401
+from .. import _C  # noqa: F401
+from . import backends, cuda
 
 NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
 
@@ -74,7 +75,7 @@ def _in_triton(name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if (why_not := backends.why_not("triton")) is not None:
             raise RuntimeError(f"shear::{name} has no GPU kernel here: {why_not}")
-        ops = importlib.import_module(".triton.ops", __package__)  # Triton is an extra
+        ops = importlib.import_module("..triton.ops", __package__)  # Triton is an extra
         return getattr(ops, name)(*args, **kwargs)
 
     return kernel

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bank import BankedWeights
-from ..distributed import GroupWeights
+from .bank import BankedWeights
+from .distributed import GroupWeights
 
 
 def log_weights(

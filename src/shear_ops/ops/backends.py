@@ -91,5 +91,5 @@ def choose(backend: str | None, device: torch.device, distance: str, name: str =
 def operators(backend: str) -> Any:
     """Return what has the operators of a backend: torch.ops.shear, or its own module."""
     if backend == "triton" and (interpreted() or cuda.LOADED):
-        return importlib.import_module(".triton.ops", __package__)
+        return importlib.import_module("..triton.ops", __package__)
     return torch.ops.shear

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, backends, reference
+from .. import _C, reference
+from ..config import CHOICES, SpanConfig, check_count, check_reg, check_threshold, check_tol
+from . import backends
+from .batch import Packed, pack
 from .checks import as_integers, check_states
-from .config import CHOICES, SpanConfig, check_count, check_reg, check_threshold, check_tol
-from .packing import Packed, pack
 
 Integers = Tensor | Sequence[int]
 

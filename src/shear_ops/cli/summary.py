@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import SpanDistances, span_distances, span_weights
-from .config import SpanConfig
+from ..config import SpanConfig
+from ..ops.api import SpanDistances, span_distances, span_weights
 from .rollouts import Rollouts
 
 WEAK_AUC = 0.6

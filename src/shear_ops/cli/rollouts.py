@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import SpanDistances
-from .checks import STATE_DTYPES
+from ..ops.api import SpanDistances
+from ..ops.checks import STATE_DTYPES
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import api
-from .checks import STATE_DTYPES, as_integers
-from .config import SpanConfig
+from ..config import SpanConfig
+from ..ops import api
+from ..ops.checks import STATE_DTYPES, as_integers
 from .link import Link, Move
 from .weighting import Weighting
 

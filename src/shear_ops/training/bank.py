@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import api, distributed
-from .checks import as_integers
-from .config import SpanConfig
+from ..config import SpanConfig
+from ..ops import api
+from ..ops.checks import as_integers
+from . import distributed
 from .weighting import Weighting
 
 STORAGES = ("device", "cpu")

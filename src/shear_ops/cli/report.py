@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import pair_distances
+from ..ops.api import pair_distances
 from .summary import Scores, verdict
 
 MATRIX_TOKENS = 4096  # of each rollout: the matrix solves all pairs, nothing bounds them away

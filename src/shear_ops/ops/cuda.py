@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C
+from .. import _C
 
 
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:

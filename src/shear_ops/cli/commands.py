@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from . import backends, build_info, cpu_isa
-from .config import CHOICES, SpanConfig
+from .. import build_info, cpu_isa
+from ..config import CHOICES, SpanConfig
+from ..ops import backends
 from .report import html_report
 from .rollouts import Rollouts, check_output, load_rollouts, save_scores, shipped_rollouts
 from .summary import reference_check, score_rollouts, shown_rollout, summarize

@@ -1,0 +1,1 @@
+"""The command line: shear-ops demo, score, info."""

@@ -1,0 +1,1 @@
+"""Around the operator in a training step: states, collection, ranks, settings, metrics."""
