@@ -4,13 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
+#include <cstring>
+#include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
+#include "chunks.h"
+#include "cpu/kernels/isa.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/plan.h"
 #include "device_plan.h"
-#include "plan.h"
 #include "problem.h"
+#include "solve.h"
 
 namespace py = pybind11;
 
@@ -39,77 +42,111 @@ py::dict build_info() {
 void check_config(int64_t span, int64_t stride, double reg, int64_t n_iters, double tol,
                   int64_t reg_unit, int64_t distance, int64_t normalization, int64_t pooling,
                   int64_t aggregation) {
-  shear::make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
-                     aggregation, /*check_finite=*/true, /*prune=*/true);
-}
-
-struct Planned {
-  shear::Problem problem;
-  shear::Plan plan;
-};
-
-Planned plan_of(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
-                const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
-                int64_t distance, int64_t tokens, int64_t threads, const shear::Budget& budget) {
-  const shear::Config config = shear::make_config(span, stride, 1., 1, 0., 0, distance, 0, 0, 0,
-                                                  /*check_finite=*/true, /*prune=*/true);
-  shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
-  shear::Plan plan = shear::make_plan(problem, config, dim, threads, budget);
-  return {std::move(problem), std::move(plan)};
+  shear::make_config(
+      {span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling, aggregation});
 }
 
 py::dict plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
               const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
               int64_t distance, int64_t tokens, int64_t threads) {
-  const auto [problem, plan] = plan_of(cu_seqlens, group_ids, labels, dim, span, stride, distance,
-                                       tokens, threads, shear::kCpuBudget);
+  const shear::Config config =
+      shear::make_config({.span = span, .stride = stride, .distance = distance});
+  const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
+  const shear::cpu::Plan plan = shear::cpu::make_plan(problem, config, dim, threads);
   py::dict out;
   out["spans"] = problem.spans.size();
   out["mixed_groups"] = problem.groups.size();
-  out["pairs"] = plan.pairs;
-  out["token_pairs"] = plan.token_pairs;
-  out["chunks"] = plan.chunks.size();
+  out["pairs"] = plan.chunks.pairs;
+  out["token_pairs"] = plan.chunks.token_pairs;
+  out["chunks"] = plan.chunks.chunks.size();
   out["workspace_bytes"] = plan.workspace_bytes;
   return out;
 }
 
-template <size_t kColumns>
-py::array_t<int64_t> table(const std::vector<std::array<int64_t, kColumns>>& rows) {
-  py::array_t<int64_t> out(
-      {static_cast<py::ssize_t>(rows.size()), static_cast<py::ssize_t>(kColumns)});
-  auto cells = out.mutable_unchecked<2>();
-  for (size_t i = 0; i < rows.size(); ++i)
-    for (size_t k = 0; k < kColumns; ++k)
-      cells(static_cast<py::ssize_t>(i), static_cast<py::ssize_t>(k)) = rows[i][k];
+// The columns of make_plan's tables, in their order.
+#define SHEAR_CHUNK_COLUMNS(X) X(block_begin) X(block_end) X(cost_floats) X(row_floats) X(pairs)
+struct ChunkRow {
+  SHEAR_CHUNK_COLUMNS(SHEAR_FIELD)
+};
+
+template <size_t kCount>
+py::tuple names(const char* const (&list)[kCount]) {
+  py::tuple out(kCount);
+  for (size_t i = 0; i < kCount; ++i) out[i] = py::str(list[i]);
   return out;
 }
 
-// The plan itself, for a backend that is driven from Python: a row per rollout, span, block, chunk.
+py::dict columns() {
+  constexpr const char* rollout[] = {SHEAR_ROLLOUT_COLUMNS(SHEAR_NAME)};
+  constexpr const char* span[] = {SHEAR_SPAN_COLUMNS(SHEAR_NAME)};
+  constexpr const char* block[] = {SHEAR_BLOCK_COLUMNS(SHEAR_NAME)};
+  constexpr const char* chunk[] = {SHEAR_CHUNK_COLUMNS(SHEAR_NAME)};
+  py::dict out;
+  out["rollout"] = names(rollout);
+  out["span"] = names(span);
+  out["block"] = names(block);
+  out["chunk"] = names(chunk);
+  return out;
+}
+
+py::dict choices() {
+  py::dict out;
+  out["reg_unit"] = names(shear::kRegUnits);
+  out["distance"] = names(shear::kDistances);
+  out["normalization"] = names(shear::kNormalizations);
+  out["pooling"] = names(shear::kPoolings);
+  out["aggregation"] = names(shear::kAggregations);
+  return out;
+}
+
+// The constants of csrc/solve.h, for Triton and the tests.
+py::dict solver() {
+  py::dict out;
+  out["far"] = shear::kFar;
+  out["log2e"] = shear::kLog2e;
+  out["top_level"] = shear::kTopLevel;
+  out["test_every"] = shear::kTestEvery;
+  out["retreat_ratio"] = shear::kRetreatRatio;
+  out["first_check"] = shear::kFirstCheck;
+  out["finish_again"] = shear::kFinishAgain;
+  out["tolerance_share"] = shear::kToleranceShare;
+  out["drift_bits"] = shear::kDriftBits;
+  return out;
+}
+
+template <typename Row>
+py::array_t<int64_t> table(const std::vector<Row>& rows) {
+  constexpr size_t kColumns = sizeof(Row) / sizeof(int64_t);
+  py::array_t<int64_t> out(
+      {static_cast<py::ssize_t>(rows.size()), static_cast<py::ssize_t>(kColumns)});
+  if (!rows.empty()) std::memcpy(out.mutable_data(), rows.data(), rows.size() * sizeof(Row));
+  return out;
+}
+
+// The chunks themselves, for a backend that is driven from Python: a row per rollout, span, block,
+// chunk.
 py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
-                   const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
+                   const std::vector<int64_t>& labels, int64_t span, int64_t stride,
                    int64_t distance, int64_t tokens, int64_t bytes_per_pair) {
-  const auto [problem, plan] =
-      plan_of(cu_seqlens, group_ids, labels, dim, span, stride, distance, tokens, /*threads=*/0,
-              {shear::kDeviceChunkBytes, bytes_per_pair});
-  std::vector<std::array<int64_t, 5>> rollouts;
-  for (const shear::Rollout& r : problem.rollouts)
-    rollouts.push_back({r.begin, r.end, r.span_begin, r.span_end, r.group});
-  std::vector<std::array<int64_t, 3>> spans;
-  for (const shear::Span& s : problem.spans) spans.push_back({s.begin, s.end, s.rollout});
-  std::vector<std::array<int64_t, 13>> blocks;
-  std::vector<std::array<int64_t, 5>> chunks;
+  const shear::Config config =
+      shear::make_config({.span = span, .stride = stride, .distance = distance});
+  const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
+  const shear::Chunks plan =
+      shear::make_chunks(problem, config, {shear::kDeviceChunkBytes, bytes_per_pair});
+  std::vector<shear::Block> blocks;
+  std::vector<ChunkRow> chunks;
   for (const shear::Chunk& chunk : plan.chunks) {
-    chunks.push_back({static_cast<int64_t>(blocks.size()),
-                      static_cast<int64_t>(blocks.size() + chunk.blocks.size()), chunk.cost_floats,
-                      chunk.row_floats, chunk.pairs});
-    for (const shear::Block& b : chunk.blocks)
-      blocks.push_back({b.group, b.row_span, b.row_spans, b.col_span, b.col_spans, b.row_token,
-                        b.row_tokens, b.col_token, b.col_tokens, b.ld, b.cost_offset, b.row_offset,
-                        b.pair_offset});
+    const auto begin = static_cast<int64_t>(blocks.size());
+    blocks.insert(blocks.end(), chunk.blocks.begin(), chunk.blocks.end());
+    chunks.push_back({.block_begin = begin,
+                      .block_end = static_cast<int64_t>(blocks.size()),
+                      .cost_floats = chunk.cost_floats,
+                      .row_floats = chunk.row_floats,
+                      .pairs = chunk.pairs});
   }
   py::dict out;
-  out["rollouts"] = table(rollouts);
-  out["spans"] = table(spans);
+  out["rollouts"] = table(problem.rollouts);
+  out["spans"] = table(problem.spans);
   out["blocks"] = table(blocks);
   out["chunks"] = table(chunks);
   out["groups"] = problem.groups.size();
@@ -120,8 +157,8 @@ py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int
 py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                      const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
                      int64_t distance, int64_t tokens, int64_t processors, int64_t shared_bytes) {
-  const shear::Config config = shear::make_config(span, stride, 1., 1, 0., 0, distance, 0, 0, 0,
-                                                  /*check_finite=*/true, /*prune=*/true);
+  const shear::Config config =
+      shear::make_config({.span = span, .stride = stride, .distance = distance});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
   const shear::DevicePlan plan =
       shear::make_device_plan(problem, config, dim, {processors, shared_bytes});
@@ -153,6 +190,15 @@ py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<i
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return shear::cpu::kernels().isa; });
+  m.attr("COLUMNS") = columns();
+  m.attr("CHOICES") = choices();
+  m.attr("SOLVER") = solver();
+  m.def("omega_of", &shear::omega_of, py::arg("level"));
+  m.def("next_level", &shear::next_level, py::arg("level"), py::arg("ratio"));
+  m.def("tolerance", &shear::tolerance, py::arg("tol"), py::arg("entropy"), py::arg("eps"),
+        py::arg("distance"));
+  m.def("check_batch", &shear::check_batch, py::arg("cu_seqlens"), py::arg("group_ids"),
+        py::arg("labels"), py::kw_only(), py::arg("tokens"));
   m.def("plan", &plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
         py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
         py::arg("tokens"), py::arg("threads"));
@@ -160,8 +206,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("reg"), py::arg("n_iters"), py::arg("tol"), py::arg("reg_unit"),
         py::arg("distance"), py::arg("normalization"), py::arg("pooling"), py::arg("aggregation"));
   m.def("make_plan", &make_plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
-        py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
-        py::arg("tokens"), py::arg("bytes_per_pair"));
+        py::kw_only(), py::arg("span"), py::arg("stride"), py::arg("distance"), py::arg("tokens"),
+        py::arg("bytes_per_pair"));
   m.def("device_plan", &device_plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
         py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
         py::arg("tokens"), py::arg("processors"), py::arg("shared_bytes"));

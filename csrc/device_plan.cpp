@@ -32,7 +32,7 @@ int64_t tiles_of_block(const Block& block) {
 }
 
 // Large tiles read half as much per product; small ones waste less on small rollouts.
-bool prefers_large_tiles(const Plan& plan) {
+bool prefers_large_tiles(const Chunks& plan) {
   int64_t large = 0, small = 0;
   for (const Chunk& chunk : plan.chunks)
     for (const Block& block : chunk.blocks) {
@@ -125,7 +125,7 @@ SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pair
 DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
                             const Device& device) {
   DevicePlan out{};
-  out.plan = make_plan(problem, config, dim, /*threads=*/0, kBudget);
+  out.plan = make_chunks(problem, config, kBudget);
   out.column_minima = config.stride >= cuda::kLeastStrip;
   out.strip = std::max(config.stride, cuda::kLeastStrip);
   out.large_tiles = prefers_large_tiles(out.plan);

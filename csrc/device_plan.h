@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "plan.h"
+#include "chunks.h"
 #include "problem.h"
 
 namespace shear {
@@ -83,7 +83,7 @@ struct Workspace {
 };
 
 struct DevicePlan {
-  Plan plan;
+  Chunks plan;
   std::vector<DeviceRollout> rollouts;
   std::vector<DeviceGroup> groups;
   std::vector<int32_t> members;  // rollouts of the groups

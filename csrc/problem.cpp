@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "spans.h"
+
 namespace shear {
 namespace {
 
@@ -11,57 +13,56 @@ void require(bool ok, const std::string& message) {
   if (!ok) throw std::invalid_argument(message);
 }
 
-template <typename T>
-T to_enum(const char* argument, int64_t value, int64_t count) {
-  require(value >= 0 && value < count, std::string(argument) + " must be in [0, " +
-                                           std::to_string(count) + "), got " +
-                                           std::to_string(value));
+template <typename T, size_t kCount>
+T to_enum(const char* argument, int64_t value, const char* const (&)[kCount]) {
+  require(value >= 0 && value < static_cast<int64_t>(kCount),
+          std::string(argument) + " must be in [0, " + std::to_string(kCount) + "), got " +
+              std::to_string(value));
   return static_cast<T>(value);
 }
 
 void append_spans(const Rollout& rollout, int64_t index, const Config& config,
                   std::vector<Span>* spans) {
-  if (rollout.begin == rollout.end) return;
-  for (int64_t begin = rollout.begin;; begin += config.stride) {
-    // not begin + span: span may be as large as the caller likes
-    const bool last = rollout.end - begin <= config.span;
-    spans->push_back({begin, last ? rollout.end : begin + config.span, index});
-    if (last) return;
+  const int64_t tokens = rollout.tokens();
+  const int64_t count = span_count(tokens, config.span, config.stride);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t begin = rollout.begin + span_begin(k, config.stride);
+    spans->push_back({begin, begin + span_size(k, tokens, config.span, config.stride), index});
   }
 }
 
 }  // namespace
 
-Config make_config(int64_t span, int64_t stride, double reg, int64_t n_iters, double tol,
-                   int64_t reg_unit, int64_t distance, int64_t normalization, int64_t pooling,
-                   int64_t aggregation, bool check_finite, bool prune) {
-  require(span >= 1, "span must be at least 1, got " + std::to_string(span));
-  require(stride >= 1 && stride <= span, "stride must be in [1, span], got stride " +
-                                             std::to_string(stride) + " with span " +
-                                             std::to_string(span));
-  require(std::isfinite(reg) && reg > 0,
-          "reg must be positive and finite, got " + std::to_string(reg));
-  require(n_iters >= 1 && n_iters <= INT32_MAX,
-          "n_iters must be in [1, 2^31), got " + std::to_string(n_iters));
-  require(std::isfinite(tol) && tol >= 0,
-          "tol must be non-negative and finite, got " + std::to_string(tol));
-  return {
-      span,
-      stride,
-      reg,
-      n_iters,
-      tol,
-      to_enum<RegUnit>("reg_unit", reg_unit, 2),
-      to_enum<Distance>("distance", distance, 4),
-      to_enum<Normalization>("normalization", normalization, 2),
-      to_enum<Pooling>("pooling", pooling, 2),
-      to_enum<Aggregation>("aggregation", aggregation, 2),
-      check_finite,
-      prune && aggregation == static_cast<int64_t>(Aggregation::kMin)};  // a mean needs every pair
+Config make_config(const Options& given) {
+  require(given.span >= 1, "span must be at least 1, got " + std::to_string(given.span));
+  require(given.stride >= 1 && given.stride <= given.span,
+          "stride must be in [1, span], got stride " + std::to_string(given.stride) +
+              " with span " + std::to_string(given.span));
+  require(std::isfinite(given.reg) && given.reg > 0,
+          "reg must be positive and finite, got " + std::to_string(given.reg));
+  require(given.n_iters >= 1 && given.n_iters <= INT32_MAX,
+          "n_iters must be in [1, 2^31), got " + std::to_string(given.n_iters));
+  require(std::isfinite(given.tol) && given.tol >= 0,
+          "tol must be non-negative and finite, got " + std::to_string(given.tol));
+  Config config{};
+  config.span = given.span;
+  config.stride = given.stride;
+  config.reg = given.reg;
+  config.n_iters = given.n_iters;
+  config.tol = given.tol;
+  config.reg_unit = to_enum<RegUnit>("reg_unit", given.reg_unit, kRegUnits);
+  config.distance = to_enum<Distance>("distance", given.distance, kDistances);
+  config.normalization =
+      to_enum<Normalization>("normalization", given.normalization, kNormalizations);
+  config.pooling = to_enum<Pooling>("pooling", given.pooling, kPoolings);
+  config.aggregation = to_enum<Aggregation>("aggregation", given.aggregation, kAggregations);
+  config.check_finite = given.check_finite;
+  config.prune = given.prune && config.aggregation == Aggregation::kMin;  // a mean needs every pair
+  return config;
 }
 
-Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
-                     const std::vector<int64_t>& labels, int64_t tokens, const Config& config) {
+void check_batch(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
+                 const std::vector<int64_t>& labels, int64_t tokens) {
   const size_t batch = labels.size();
   require(cu_seqlens.size() == batch + 1, "cu_seqlens must have " + std::to_string(batch + 1) +
                                               " entries (one more than labels), got " +
@@ -74,11 +75,6 @@ Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<i
   require(cu_seqlens.back() == tokens, "cu_seqlens must end at the number of tokens, " +
                                            std::to_string(tokens) + ", got " +
                                            std::to_string(cu_seqlens.back()));
-
-  Problem problem;
-  problem.tokens = tokens;
-  std::unordered_map<int64_t, size_t> index_of_id;
-  std::vector<Group> groups;
   for (size_t i = 0; i < batch; ++i) {
     require(cu_seqlens[i] <= cu_seqlens[i + 1],
             "cu_seqlens must not decrease, got " + std::to_string(cu_seqlens[i]) + " before " +
@@ -86,12 +82,23 @@ Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<i
     require(labels[i] >= -1 && labels[i] <= 1, "labels must be 1, 0 or -1, got " +
                                                    std::to_string(labels[i]) + " at entry " +
                                                    std::to_string(i));
+  }
+}
+
+Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
+                     const std::vector<int64_t>& labels, int64_t tokens, const Config& config) {
+  check_batch(cu_seqlens, group_ids, labels, tokens);  // all of it before anything is allocated
+  Problem problem;
+  problem.tokens = tokens;
+  std::unordered_map<int64_t, size_t> index_of_id;
+  std::vector<Group> groups;
+  for (size_t i = 0; i < labels.size(); ++i) {
     Rollout rollout{cu_seqlens[i], cu_seqlens[i + 1], static_cast<int64_t>(problem.spans.size()), 0,
                     -1};
     append_spans(rollout, static_cast<int64_t>(i), config, &problem.spans);
     rollout.span_end = static_cast<int64_t>(problem.spans.size());
     problem.rollouts.push_back(rollout);
-    if (labels[i] < 0 || rollout.begin == rollout.end) continue;
+    if (labels[i] < 0 || rollout.tokens() == 0) continue;
     const auto [entry, is_new] = index_of_id.try_emplace(group_ids[i], groups.size());
     if (is_new) groups.emplace_back();
     auto& side = labels[i] == 1 ? groups[entry->second].correct : groups[entry->second].incorrect;

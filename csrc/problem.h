@@ -5,16 +5,24 @@
 #include <string>
 #include <vector>
 
+#include "columns.h"
+
 namespace shear {
 
 enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
 
-// Enumerators have the order of the strings in src/shear_ops/config.py.
+// The names are those of SpanConfig's choices (shear_ops._C.CHOICES), in the order of the
+// enumerators.
 enum class RegUnit : int { kMeanNorm, kCost };
+constexpr const char* kRegUnits[] = {"mean_norm", "cost"};
 enum class Distance : int { kSinkhorn, kChamfer, kMmd, kCosine };
+constexpr const char* kDistances[] = {"sinkhorn", "chamfer", "mmd", "cosine"};
 enum class Normalization : int { kGroup, kRollout };
+constexpr const char* kNormalizations[] = {"group", "rollout"};
 enum class Pooling : int { kMax, kMean };
+constexpr const char* kPoolings[] = {"max", "mean"};
 enum class Aggregation : int { kMin, kMean };
+constexpr const char* kAggregations[] = {"min", "mean"};
 
 struct Config {
   int64_t span;
@@ -31,22 +39,37 @@ struct Config {
   bool prune;
 };
 
+// The options of an operator as they come, before their check. A default here stands for "plays no
+// part"; those of the operators are in csrc/ops.cpp.
+struct Options {
+  int64_t span = 1, stride = 1;
+  double reg = 1;
+  int64_t n_iters = 1;
+  double tol = 0;
+  int64_t reg_unit = 0, distance = 0, normalization = 0, pooling = 0, aggregation = 0;
+  bool check_finite = true, prune = true;
+};
+
 // Throws std::invalid_argument naming the argument, the value seen and the value wanted.
-Config make_config(int64_t span, int64_t stride, double reg, int64_t n_iters, double tol,
-                   int64_t reg_unit, int64_t distance, int64_t normalization, int64_t pooling,
-                   int64_t aggregation, bool check_finite, bool prune);
+Config make_config(const Options& options);
+
+// begin, end: tokens of the packed layout.
+#define SHEAR_SPAN_COLUMNS(X) X(begin) X(end) X(rollout)
 
 struct Span {
-  int64_t begin, end;  // tokens of the packed layout
-  int64_t rollout;
+  SHEAR_SPAN_COLUMNS(SHEAR_FIELD)
 
   int64_t size() const { return end - begin; }
 };
 
+// group: index into Problem::groups; -1 if the opposing set is empty or the label is -1.
+#define SHEAR_ROLLOUT_COLUMNS(X) X(begin) X(end) X(span_begin) X(span_end) X(group)
+
 struct Rollout {
-  int64_t begin, end;  // tokens of the packed layout
-  int64_t span_begin, span_end;
-  int64_t group;  // index into Problem::groups; -1 if the opposing set is empty or the label is -1
+  SHEAR_ROLLOUT_COLUMNS(SHEAR_FIELD)
+
+  int64_t tokens() const { return end - begin; }
+  int64_t spans() const { return span_end - span_begin; }
 };
 
 // A group with at least one correct and one incorrect rollout that have tokens.
@@ -64,6 +87,10 @@ struct Problem {
 // cu_seqlens has batch + 1 entries, group_ids and labels have batch entries (labels 1, 0 or -1).
 // Throws std::invalid_argument on offsets that decrease or do not end at `tokens`, and on other
 // labels.
+void check_batch(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
+                 const std::vector<int64_t>& labels, int64_t tokens);
+
+// Rollouts, groups and spans of a batch; checks it.
 Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                      const std::vector<int64_t>& labels, int64_t tokens, const Config& config);
 

@@ -4,25 +4,25 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/plan.h"
 #include "cpu/workers.h"
-#include "plan.h"
 #include "problem.h"
 
 namespace shear::cpu {
 
 // What one span has found among the spans of its opposing set.
 struct Nearest {
-  float distance;      // minimum, or mean for Aggregation::kMean
-  float residual;      // of the nearest span, or the largest for Aggregation::kMean
-  int32_t iterations;  // likewise
-  int64_t span;        // -1: no opposing set
-  double sum;
-  int64_t count;
+  float distance = 0;      // minimum, or mean for Aggregation::kMean
+  float residual = 0;      // of the nearest span, or the largest for Aggregation::kMean
+  int32_t iterations = 0;  // likewise
+  int64_t span = -1;       // -1: no opposing set
+  double sum = 0;
+  int64_t count = 0;
 };
 
 struct PairCounts {
-  int64_t total, bounded, abandoned, solved, stopped;
+  int64_t total = 0, bounded = 0, abandoned = 0, solved = 0, stopped = 0;
 };
 
 class Pipeline {
@@ -40,23 +40,37 @@ class Pipeline {
   const PairCounts& counts() const { return counts_; }
 
  private:
-  struct Pairs;  // of the chunk at hand
+  struct Pairs {  // of the chunk at hand
+    // bound, then span distance; a skipped or abandoned pair keeps its bound
+    std::vector<float> value;
+    std::vector<float> residual;
+    std::vector<int32_t> iterations;
 
+    explicit Pairs(int64_t count) : value(count), residual(count), iterations(count) {}
+  };
+
+  // states.cpp
   void measure_norms();
   void center_groups();
-  void span_means();
-  void self_similarities();
-  void token_costs(const Chunk& chunk, float* costs) const;
-  void cosine_distances(const Chunk& chunk, float* values) const;
-  void row_windows(const Chunk& chunk, float* costs, float* windows) const;
-  void bounds(const Chunk& chunk, const float* costs, const float* windows, float* values) const;
-  std::vector<uint32_t> queue(const Chunk& chunk, const std::vector<float>& bounds) const;
-  void solve(const Chunk& chunk, const float* costs, Pairs& pairs);
-  void collect(const Chunk& chunk, const Pairs& pairs);
-
   bool has_scale(int64_t group) const;
   const float* center(int64_t group) const;
   double eps(int64_t group) const;
+  // pipeline.cpp
+  void token_costs(const Chunk& chunk, float* costs) const;
+  void copy_distances(const Chunk& chunk, const Pairs& pairs, float* matrix) const;
+  // bounds.cpp
+  void row_windows(const Chunk& chunk, float* costs, float* windows) const;
+  void bounds(const Chunk& chunk, const float* costs, const float* windows, float* values) const;
+  // cosine_mmd.cpp
+  void span_means();
+  void self_similarities();
+  void cosine_distances(const Chunk& chunk, float* values) const;
+  // queue.cpp
+  std::vector<uint32_t> queue(const Chunk& chunk, const std::vector<float>& bounds) const;
+  void solve(const Chunk& chunk, const float* costs, Pairs& pairs);
+  // nearest.cpp
+  void collect(const Chunk& chunk, const Pairs& pairs);
+  void finish_means();
 
   const States states_;
   const Problem& problem_;

@@ -1,6 +1,6 @@
 // torch.ops.shear on the CPU: tensors to plain data, the pipeline, plain data to tensors. The
 // checks here keep memory safe for callers of torch.ops; the typed errors of the Python functions
-// come from src/shear_ops/checks.py.
+// come from src/shear_ops/ops/batch.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -32,8 +32,8 @@ Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor
                     const Tensor& labels, int64_t span, int64_t stride, double reg, int64_t n_iters,
                     double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
                     int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
-  const Config config = make_config(span, stride, reg, n_iters, tol, reg_unit, distance,
-                                    normalization, pooling, aggregation, check_finite, prune);
+  const Config config = make_config({span, stride, reg, n_iters, tol, reg_unit, distance,
+                                     normalization, pooling, aggregation, check_finite, prune});
   const Tensor rows = torch::stable::contiguous(hidden);
   const States states = states_of(rows, "hidden");
   const Problem problem =
@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
     int64_t span, int64_t stride, double reg, int64_t n_iters, double tol, int64_t reg_unit,
     int64_t distance, int64_t normalization, int64_t pooling, int64_t aggregation,
     bool check_finite, bool prune) {
-  const Config config = make_config(span, stride, reg, n_iters, tol, reg_unit, distance,
-                                    normalization, pooling, aggregation, check_finite, prune);
+  const Config config = make_config({span, stride, reg, n_iters, tol, reg_unit, distance,
+                                     normalization, pooling, aggregation, check_finite, prune});
   const Tensor rows = torch::stable::contiguous(hidden);
   const States states = states_of(rows, "hidden");
   const Problem problem =
@@ -89,8 +89,8 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
                       int64_t normalization, int64_t pooling, int64_t aggregation,
                       bool check_finite, bool) {
   const Config config =
-      make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
-                  aggregation, check_finite, /*prune=*/false);
+      make_config({span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
+                   aggregation, check_finite, /*prune=*/false});
   const Tensor rows = torch::stable::contiguous(x), cols = torch::stable::contiguous(y);
   const States first = states_of(rows, "x"), second = states_of(cols, "y");
   STD_TORCH_CHECK(first.dtype == second.dtype && first.dim == second.dim,
@@ -114,9 +114,7 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
 std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optional<Tensor>& n_rows,
                                             const std::optional<Tensor>& n_cols, double reg,
                                             int64_t n_iters, double tol) {
-  const Config config =
-      make_config(1, 1, reg, n_iters, tol, static_cast<int64_t>(RegUnit::kCost), 0, 0, 0, 0,
-                  /*check_finite=*/true, /*prune=*/false);
+  const Config config = make_config({.reg = reg, .n_iters = n_iters, .tol = tol});
   STD_TORCH_CHECK(cost.is_cpu() && cost.dim() == 3 && cost.scalar_type() == ScalarType::Float,
                   "cost must be a (B, n, m) float32 tensor on the CPU");
   const Tensor costs = torch::stable::contiguous(cost);
@@ -132,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   float* residuals = residual.mutable_data_ptr<float>();
   int32_t* counts = iterations.mutable_data_ptr<int32_t>();
   std::atomic<bool> finite{true};
-  const Workers workers(sinkhorn_scratch_floats(n, m));
+  const Workers workers(sinkhorn_scratch(n, m, kWidest).floats);
   workers.run(batch, [&](int64_t b, float* scratch) {
     const float* first = data + b * n * m;
     const Window row{0, cols[b]};
@@ -147,10 +145,15 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
     for (int64_t j = 0; j < cols[b]; ++j) q += scratch[j];
     const double bound =
         std::max(r / static_cast<double>(rows[b]), q / static_cast<double>(cols[b]));
-    const PairOutput out = kernels().sinkhorn(
-        {first, m, rows[b], cols[b], static_cast<float>(config.reg), config.n_iters,
-         static_cast<float>(config.tol), static_cast<float>(bound), nullptr, nullptr},
-        scratch);
+    const Solution out = kernels().sinkhorn({.cost = first,
+                                             .ld = m,
+                                             .n = rows[b],
+                                             .m = cols[b],
+                                             .eps = static_cast<float>(config.reg),
+                                             .n_iters = config.n_iters,
+                                             .tol = static_cast<float>(config.tol),
+                                             .bound = static_cast<float>(bound)},
+                                            scratch);
     values[b] = out.distance;
     residuals[b] = out.residual;
     counts[b] = out.iterations;

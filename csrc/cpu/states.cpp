@@ -1,12 +1,10 @@
-// What is measured once per call from the hidden states alone: norms, the groups' mean states, and
-// for the distances that need them the means and self-similarities of spans.
+// What is measured once per call from the hidden states alone: norms and the groups' mean states.
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/pipeline.h"
-#include "cpu/tiles.h"
 
 namespace shear::cpu {
 namespace {
@@ -96,77 +94,6 @@ void Pipeline::center_groups() {
 
 const float* Pipeline::center(int64_t group) const {
   return centered_[group] ? &center_[group * states_.dim] : nullptr;
-}
-
-// cosine: the mean state of every span, scaled to norm 1 (or left at 0).
-void Pipeline::span_means() {
-  const int64_t dim = states_.dim;
-  unit_mean_.resize(problem_.spans.size() * dim);
-  unit_sq_norm_.resize(problem_.spans.size());
-  workers_.run(static_cast<int64_t>(problem_.spans.size()), [&](int64_t s, float*) {
-    const Span& span = problem_.spans[s];
-    if (problem_.rollouts[span.rollout].group < 0) return;
-    std::vector<double> mean(dim);
-    kernels_.add_states(states_, span.begin, span.size(), 0, dim, mean.data());
-    const double norm = std::sqrt(std::inner_product(mean.begin(), mean.end(), mean.begin(), 0.));
-    for (int64_t k = 0; k < dim; ++k)
-      unit_mean_[s * dim + k] = norm > 0 ? static_cast<float>(mean[k] / norm) : 0.f;
-    unit_sq_norm_[s] = kernels_.squared_norm({unit_mean_.data(), Dtype::kFloat32, dim}, s, nullptr);
-  });
-}
-
-// mmd: the mean of k(x, x') over the token pairs of every span.
-void Pipeline::self_similarities() {
-  self_.resize(problem_.spans.size());
-  workers_.run(static_cast<int64_t>(problem_.spans.size()), [&](int64_t s, float* scratch) {
-    const Span& span = problem_.spans[s];
-    const int64_t group = problem_.rollouts[span.rollout].group, n = span.size();
-    if (group < 0 || !has_scale(group)) return;
-    float* costs = scratch + kPanelFloats;
-    for (const Tile& tile : tiles_of(n, n))
-      kernels_.token_cost({states_, span.begin + tile.row, tile.rows, span.begin + tile.col,
-                           tile.cols, center(group), sq_norm_.data(),
-                           costs + tile.row * n + tile.col, n, scratch});
-    kernels_.rbf(costs, n * n, static_cast<float>(group_norm_[group]));
-    float total =
-        0.f;  // summed like the similarities of two spans, so that equal spans cancel exactly
-    for (int64_t i = 0; i < n; ++i) {
-      const Window row{i * n, n};
-      float sum;
-      kernels_.window_sum(costs, &row, 1, &sum);
-      total += sum;
-    }
-    self_[s] = total / (static_cast<double>(n) * static_cast<double>(n));
-  });
-}
-
-// Steps 2 to 4 of the paper up to the advantage: / mean norm, then the maximum (or mean) over the
-// covering spans.
-void Pipeline::token_weights(float* weights) const {
-  workers_.run(static_cast<int64_t>(problem_.rollouts.size()), [&](int64_t i, float*) {
-    const Rollout& rollout = problem_.rollouts[i];
-    if (rollout.group < 0) {
-      std::fill(weights + rollout.begin, weights + rollout.end, 1.f);
-      return;
-    }
-    const double scale = config_.normalization == Normalization::kGroup ? group_norm_[rollout.group]
-                                                                        : rollout_norm_[i];
-    int64_t first = rollout.span_begin;  // the covering spans of a token are [first, last)
-    int64_t last = first;
-    for (int64_t t = rollout.begin; t < rollout.end; ++t) {
-      while (problem_.spans[first].end <= t) ++first;
-      while (last < rollout.span_end && problem_.spans[last].begin <= t) ++last;
-      double highest = 0, total = 0;
-      for (int64_t s = first; s < last; ++s) {
-        const double distance = nearest_[s].distance;
-        highest = distance <= highest ? highest : distance;  // keeps NaN
-        total += distance;
-      }
-      const double pooled =
-          config_.pooling == Pooling::kMax ? highest : total / static_cast<double>(last - first);
-      weights[t] = static_cast<float>(pooled == 0 ? 0. : pooled / scale);
-    }
-  });
 }
 
 }  // namespace shear::cpu

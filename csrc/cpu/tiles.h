@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "plan.h"
+#include "cpu/plan.h"
 
 namespace shear::cpu {
 
@@ -26,6 +26,22 @@ inline std::vector<Tile> tiles_of(int64_t rows, int64_t cols) {
     for (int64_t row = 0; row < rows; row += tile_rows)
       tiles.push_back({row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col)});
   return tiles;
+}
+
+struct BlockTile {
+  const Block* block;
+  Tile tile;
+};
+
+// The tiles of all blocks of a chunk; size(block): rows and columns of a block.
+template <typename Size>
+std::vector<BlockTile> tiles_of(const Chunk& chunk, const Size& size) {
+  std::vector<BlockTile> out;
+  for (const Block& block : chunk.blocks) {
+    const auto [rows, cols] = size(block);
+    for (const Tile& tile : tiles_of(rows, cols)) out.push_back({&block, tile});
+  }
+  return out;
 }
 
 }  // namespace shear::cpu

@@ -129,8 +129,8 @@ Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor
                     double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
                     int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
   const Operator op(hidden, cu_seqlens, group_ids, labels,
-                    make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
-                                pooling, aggregation, check_finite, prune));
+                    make_config({span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
+                                 pooling, aggregation, check_finite, prune}));
   Tensor weights = new_tensor(op.hidden(), {op.hidden().size(0)}, ScalarType::Float);
   op.pipeline().run(nullptr);
   op.pipeline().token_weights(weights.mutable_data_ptr<float>());
@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
     int64_t distance, int64_t normalization, int64_t pooling, int64_t aggregation,
     bool check_finite, bool prune) {
   const Operator op(hidden, cu_seqlens, group_ids, labels,
-                    make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
-                                pooling, aggregation, check_finite, prune));
+                    make_config({span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
+                                 pooling, aggregation, check_finite, prune}));
   const auto spans = static_cast<int64_t>(op.problem().spans.size());
   Tensor distances = new_tensor(op.hidden(), {spans}, ScalarType::Float);
   Tensor nearest = new_tensor(op.hidden(), {spans}, ScalarType::Long);
@@ -180,8 +180,8 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
                       int64_t normalization, int64_t pooling, int64_t aggregation,
                       bool check_finite, bool) {
   const Operator op(stacked(x, y), x.size(0),
-                    make_config(span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
-                                pooling, aggregation, check_finite, /*prune=*/false));
+                    make_config({span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
+                                 pooling, aggregation, check_finite, /*prune=*/false}));
   const int64_t rows = op.problem().rollouts[0].span_end;
   const auto spans = static_cast<int64_t>(op.problem().spans.size());
   Tensor matrix = new_tensor(op.hidden(), {rows, spans - rows}, ScalarType::Float);
@@ -193,9 +193,7 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
 std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optional<Tensor>& n_rows,
                                             const std::optional<Tensor>& n_cols, double reg,
                                             int64_t n_iters, double tol) {
-  const Config config =
-      make_config(1, 1, reg, n_iters, tol, static_cast<int64_t>(RegUnit::kCost), 0, 0, 0, 0,
-                  /*check_finite=*/true, /*prune=*/false);
+  const Config config = make_config({/*span=*/1, /*stride=*/1, reg, n_iters, tol});
   STD_TORCH_CHECK(on_device(cost) && cost.dim() == 3 && cost.scalar_type() == ScalarType::Float,
                   "cost must be a (B, n, m) float32 tensor on the GPU");
   const Tensor costs = torch::stable::contiguous(cost);

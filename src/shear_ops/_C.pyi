@@ -1,6 +1,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+COLUMNS: dict[str, tuple[str, ...]]
+CHOICES: dict[str, tuple[str, ...]]
+SOLVER: dict[str, Any]
+
+def omega_of(level: int) -> float: ...
+def next_level(level: int, ratio: float) -> int: ...
+def tolerance(tol: float, entropy: float, eps: float, distance: float) -> float: ...
+def check_batch(
+    cu_seqlens: Sequence[int],
+    group_ids: Sequence[int],
+    labels: Sequence[int],
+    *,
+    tokens: int,
+) -> None: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
 def plan(
@@ -20,7 +34,6 @@ def make_plan(
     group_ids: Sequence[int],
     labels: Sequence[int],
     *,
-    dim: int,
     span: int,
     stride: int,
     distance: int,

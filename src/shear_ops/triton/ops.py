@@ -171,7 +171,7 @@ def _prepare(
         _captured[key] = tables
     elif tables is None:
         plan = _C.make_plan(
-            *integers, dim=hidden.shape[1], span=given.span, stride=given.stride,
+            *integers, span=given.span, stride=given.stride,
             distance=given.distance, tokens=len(hidden), bytes_per_pair=BYTES_PER_PAIR,
         )  # fmt: skip
         tables = tables_of(

@@ -1,6 +1,7 @@
-#include "plan.h"
+#include "chunks.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace shear {
 namespace {
@@ -29,8 +30,8 @@ int64_t fitting_spans(int64_t available, int64_t most, const Bytes& bytes) {
 
 class Planner {
  public:
-  Planner(const Problem& problem, bool needs_costs, const Budget& budget, Plan* plan)
-      : problem_(problem), needs_costs_(needs_costs), budget_(budget), plan_(plan) {}
+  Planner(const Problem& problem, bool needs_costs, const Budget& budget)
+      : problem_(problem), needs_costs_(needs_costs), budget_(budget) {}
 
   void add(int64_t group, const Rollout& correct, const Rollout& incorrect) {
     for (int64_t col = incorrect.span_begin; col < incorrect.span_end;) {
@@ -53,7 +54,7 @@ class Planner {
     }
   }
 
-  int64_t peak_bytes() const { return peak_bytes_; }
+  Chunks take() { return std::move(plan_); }
 
  private:
   int64_t block_bytes(int64_t row_tokens, int64_t col_tokens, int64_t row_spans,
@@ -77,11 +78,11 @@ class Planner {
     block.col_tokens = tokens_of(problem_, col_span, col_spans);
     block.ld = round_up(block.col_tokens, kCostPad);
     const int64_t bytes = block_bytes(block.row_tokens, block.col_tokens, row_spans, col_spans);
-    if (plan_->chunks.empty() || bytes_ + bytes > budget_.chunk_bytes) {
-      plan_->chunks.emplace_back();
+    if (plan_.chunks.empty() || bytes_ + bytes > budget_.chunk_bytes) {
+      plan_.chunks.emplace_back();
       bytes_ = 0;
     }
-    Chunk& chunk = plan_->chunks.back();
+    Chunk& chunk = plan_.chunks.back();
     block.cost_offset = chunk.cost_floats;
     block.row_offset = chunk.row_floats;
     block.pair_offset = chunk.pairs;
@@ -92,57 +93,27 @@ class Planner {
     chunk.pairs += block.pairs();
     chunk.blocks.push_back(block);
     bytes_ += bytes;
-    peak_bytes_ = std::max(peak_bytes_, bytes_);
-    plan_->pairs += block.pairs();
-    plan_->token_pairs += block.row_tokens * block.col_tokens;
+    plan_.peak_bytes = std::max(plan_.peak_bytes, bytes_);
+    plan_.pairs += block.pairs();
+    plan_.token_pairs += block.row_tokens * block.col_tokens;
   }
 
   const Problem& problem_;
   const bool needs_costs_;
   const Budget budget_;
-  Plan* plan_;
-  int64_t bytes_ = 0, peak_bytes_ = 0;
+  Chunks plan_;
+  int64_t bytes_ = 0;  // of the last chunk
 };
 
 }  // namespace
 
-int64_t sinkhorn_scratch_floats(int64_t n, int64_t m) {
-  const int64_t rows = round_up(n, kRowPad), cols = round_up(m, kCostPad);
-  return 2 * rows * cols + 4 * round_up(n, kCostPad) + 4 * cols;
-}
-
-Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_t threads,
-               const Budget& budget) {
-  Plan plan;
-  const bool cosine = config.distance == Distance::kCosine;
-  Planner planner(problem, !cosine, budget, &plan);
+Chunks make_chunks(const Problem& problem, const Config& config, const Budget& budget) {
+  Planner planner(problem, config.distance != Distance::kCosine, budget);
   for (size_t g = 0; g < problem.groups.size(); ++g)
     for (const int64_t i : problem.groups[g].correct)
       for (const int64_t j : problem.groups[g].incorrect)
         planner.add(static_cast<int64_t>(g), problem.rollouts[i], problem.rollouts[j]);
-
-  int64_t n = 0, row = 0;  // longest span; longest row of costs with its windows
-  for (const Group& group : problem.groups)
-    for (const auto* side : {&group.correct, &group.incorrect})
-      for (const int64_t i : *side) {
-        const Rollout& rollout = problem.rollouts[i];
-        n = std::max(n, std::min(config.span, rollout.end - rollout.begin));
-        row = std::max(row, rollout.end - rollout.begin + rollout.span_end - rollout.span_begin);
-      }
-  if (n > 0) plan.scratch_floats = std::max(kPanelFloats, row);
-  if (config.distance == Distance::kSinkhorn)
-    plan.scratch_floats = std::max(plan.scratch_floats, sinkhorn_scratch_floats(n, n));
-  if (config.distance == Distance::kMmd) plan.scratch_floats = kPanelFloats + n * n;
-
-  const auto spans = static_cast<int64_t>(problem.spans.size());
-  const auto groups = static_cast<int64_t>(problem.groups.size());
-  const int64_t per_token = 2;  // norm, centred squared norm
-  const int64_t per_span =
-      cosine ? 20 + dim : 20;  // the span, what it found, its mean or self-similarity
-  plan.workspace_bytes =
-      planner.peak_bytes() + 4 * (threads * plan.scratch_floats + per_token * problem.tokens +
-                                  per_span * spans + groups * dim);
-  return plan;
+  return planner.take();
 }
 
 }  // namespace shear

@@ -1,8 +1,8 @@
 // From products <x, y> to token costs, while the tile is in cache. Included once per instruction
 // set, like simd.h.
 #pragma once
-#include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/simd.h"
 
 namespace shear::cpu::SHEAR_ISA {
 

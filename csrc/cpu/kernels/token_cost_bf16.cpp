@@ -10,10 +10,10 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/cost_tile.h"
-#include "cpu/kernels.h"
-#include "cpu/simd.h"
-#include "plan.h"
+#include "cpu/kernels/cost_tile.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/plan.h"
 
 namespace shear::cpu::SHEAR_ISA {
 namespace {

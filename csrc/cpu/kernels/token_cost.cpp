@@ -2,10 +2,10 @@
 // ||y||^2 - 2<x, y>, square root and repair of near-duplicates. The product of two tokens
 // accumulates over the dimensions in one fixed order whatever the tile around it, so costs do not
 // depend on packing, chunks or threads.
-#include "cpu/cost_tile.h"
-#include "cpu/kernels.h"
-#include "cpu/simd.h"
-#include "plan.h"
+#include "cpu/kernels/cost_tile.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/plan.h"
 
 namespace shear::cpu::SHEAR_ISA {
 namespace {

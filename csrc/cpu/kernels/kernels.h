@@ -4,7 +4,9 @@
 #pragma once
 #include <cstdint>
 
+#include "chunks.h"
 #include "problem.h"
+#include "solve.h"
 
 namespace shear::cpu {
 
@@ -41,16 +43,45 @@ struct PairInput {
   float bound;  // largest certified lower bound on W1 known so far
   // Float bits of the smallest span distance known for the two spans, written by other threads;
   // null: never abandon.
-  const uint32_t* best_row;
-  const uint32_t* best_col;
+  const uint32_t* best_row = nullptr;
+  const uint32_t* best_col = nullptr;
 };
 
-struct PairOutput {
-  float distance;  // the bound that exceeded both known minima, if abandoned
-  float residual;  // L1 error of the row marginal
-  int32_t iterations;
-  bool abandoned;
+constexpr int64_t kRowPad = 8;  // rows of a pair are solved in groups
+
+// Where the solver's arrays of a pair of n x m tokens are in its scratch, in floats.
+struct SinkhornScratch {
+  int64_t rows, columns, slots;         // padded: of matrices, and of vectors over rows
+  int64_t cost, k;                      // (rows, columns)
+  int64_t f, u, absent_row, potential;  // (slots)
+  int64_t g, v, w, absent_col;          // (columns)
+  int64_t floats;                       // in all
 };
+
+// width: floats of a vector.
+static inline SinkhornScratch sinkhorn_scratch(int64_t n, int64_t m, int64_t width) {
+  const auto up = [](int64_t a, int64_t to) { return (a + to - 1) / to * to; };
+  SinkhornScratch s{};
+  s.rows = up(n, kRowPad);
+  s.columns = up(m, width);
+  s.slots = up(n, kCostPad);  // whole vectors of any width
+  const auto take = [&s](int64_t count) {
+    const int64_t at = s.floats;
+    s.floats += count;
+    return at;
+  };
+  s.cost = take(s.rows * s.columns);
+  s.k = take(s.rows * s.columns);
+  s.f = take(s.slots);
+  s.u = take(s.slots);
+  s.absent_row = take(s.slots);
+  s.potential = take(s.slots);
+  s.g = take(s.columns);
+  s.v = take(s.columns);
+  s.w = take(s.columns);
+  s.absent_col = take(s.columns);
+  return s;
+}
 
 struct Kernels {
   const char* isa;
@@ -72,7 +103,7 @@ struct Kernels {
   bool (*finite)(const float* row, int64_t count);
   // cost -> exp(-cost^2 / (2 sigma^2)) in place
   void (*rbf)(float* cost, int64_t count, float sigma);
-  PairOutput (*sinkhorn)(const PairInput&, float* scratch);
+  Solution (*sinkhorn)(const PairInput&, float* scratch);
 };
 
 // The table for the best instruction set of this machine, or for the one named by SHEAR_ISA.

@@ -1,10 +1,10 @@
-#include "cpu/isa.h"
+#include "cpu/kernels/isa.h"
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #ifdef SHEAR_X86
 #include <cpuid.h>
@@ -27,7 +27,7 @@ namespace shear::cpu {
   void add(float*, const float*, int64_t);                                         \
   bool finite(const float*, int64_t);                                              \
   void rbf(float*, int64_t, float);                                                \
-  PairOutput sinkhorn(const PairInput&, float*);                                   \
+  Solution sinkhorn(const PairInput&, float*);                                     \
   constexpr Kernels kKernels{#set,                                                 \
                              add_states_any,                                       \
                              squared_norm_any,                                     \

@@ -1,0 +1,67 @@
+// Reductions of token costs over spans, from which the bounds R and Q of every span pair, chamfer
+// and mmd are made: R = mean over rows i of min_j C_ij, Q = mean over columns j of min_i C_ij.
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/simd.h"
+
+namespace shear::cpu::SHEAR_ISA {
+
+void window_min(const float* row, const Window* windows, int64_t count, float* out) {
+  for (int64_t w = 0; w < count; ++w) {
+    const float* values = row + windows[w].begin;
+    const int64_t size = windows[w].size;
+    Vec lowest = load_first(values, size, __builtin_inff());
+    int64_t j = kWidth;
+    for (; j + kWidth <= size; j += kWidth) lowest = min(lowest, load(values + j));
+    if (j < size)
+      lowest = min(lowest, load(values + size - kWidth));  // overlaps: the minimum does not mind
+    out[w] = min(lowest);
+  }
+}
+
+void window_sum(const float* row, const Window* windows, int64_t count, float* out) {
+  for (int64_t w = 0; w < count; ++w) {
+    const float* values = row + windows[w].begin;
+    const int64_t size = windows[w].size;
+    Vec total = {};
+    for (int64_t j = 0; j < size; j += kWidth) total += load_first(values + j, size - j, 0.f);
+    out[w] = sum(total);
+  }
+}
+
+void column_min(const float* cost, int64_t ld, int64_t rows, int64_t cols, float* out) {
+  for (int64_t j = 0; j < cols; j += kWidth) {
+    const int64_t lanes = cols - j < kWidth ? cols - j : kWidth;
+    Vec lowest = load_first(cost + j, lanes, 0.f);
+    for (int64_t i = 1; i < rows; ++i)
+      lowest = min(lowest, load_first(cost + i * ld + j, lanes, 0.f));
+    if (lanes == kWidth)
+      store(out + j, lowest);
+    else
+      for (int64_t l = 0; l < lanes; ++l) out[j + l] = lowest[l];
+  }
+}
+
+void add(float* a, const float* b, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) a[k] += b[k];
+}
+
+bool finite(const float* row, int64_t count) {
+  Vec total = {};  // 0 times Inf or NaN is NaN
+  int64_t j = 0;
+  for (; j + kWidth <= count; j += kWidth) total += load(row + j) * 0.f;
+  float rest = sum(total);
+  for (; j < count; ++j) rest += row[j] * 0.f;
+  return rest == 0.f;
+}
+
+void rbf(float* cost, int64_t count, float sigma) {
+  const float to_exponent = -0.72134752f / (sigma * sigma);  // log2(e) / 2
+  int64_t k = 0;
+  for (; k + kWidth <= count; k += kWidth) {
+    const Vec c = load(cost + k);
+    store(cost + k, exp2(c * c * to_exponent));
+  }
+  for (; k < count; ++k) cost[k] = exp2(broadcast(cost[k] * cost[k] * to_exponent))[0];
+}
+
+}  // namespace shear::cpu::SHEAR_ISA
