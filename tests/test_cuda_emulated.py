@@ -24,7 +24,7 @@ from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     *(f"csrc/cuda/{name}.cu" for name in ("span_weights", "pipeline", "token_cost", "sinkhorn")),
-    *(f"csrc/{name}.cpp" for name in ("problem", "plan", "device_plan")),
+    *(f"csrc/{name}.cpp" for name in ("problem", "chunks", "device_plan")),
     "tests/emulated_cuda.cpp",
 ]
 DEFINITIONS = torch.library.Library("shear_emulated", "DEF")

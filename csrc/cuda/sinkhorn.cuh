@@ -25,7 +25,9 @@ class TileEngine {
         first_row_(warp_id() * T::kRowLanes * T::kThreadRows + lane_id() / T::kColLanes),
         slot_(2 * static_cast<int>(threadIdx.x)) {}
 
-  __device__ __forceinline__ int longest() const { return max(n_, m_); }
+  __device__ __forceinline__ float entropy() const {
+    return eps() * logf(static_cast<float>(max(n_, m_)));
+  }
   __device__ __forceinline__ float eps() const { return kLog2e / scale_; }
   __device__ __forceinline__ bool drifted() const { return __syncthreads_or(off_); }
 
@@ -115,7 +117,8 @@ class TileEngine {
   // Iterations (rows, then columns) until `it` is `stop`, a scaling drifted, or the L1 error of the
   // row marginal before the update, which it returns, is no longer above tol. The loop ends by a
   // vote of the CTA, which the compiler knows to be one for all threads.
-  __device__ __forceinline__ float iterate(float omega, unsigned stop, float tol, unsigned& it) {
+  __device__ __forceinline__ float iterate(int level, unsigned stop, float tol, unsigned& it) {
+    const float omega = omega_of(level);
     const float column = static_cast<float>(m_) / static_cast<float>(n_);
     const float least = tol * static_cast<float>(n_);
     bool leave;
@@ -184,7 +187,7 @@ class TileEngine {
 
   // One plain column update makes the columns exact; then <P, C> + <f, a - P 1>. The mass is right,
   // so any constant may be taken off f: the first entry, against cancellation.
-  __device__ __forceinline__ Outcome corrected_value() {
+  __device__ __forceinline__ Solution corrected_value() {
     multiply_columns(0.f);
     if (slot_ < T::kLine) {
       const float2 sum = sum_slots();

@@ -12,7 +12,7 @@ class WideEngine {
   __device__ WideEngine(float* shared, float* scratch)
       : room_(shared), vectors_(shared + kWideRoom), scratch_(scratch) {}
 
-  __device__ int longest() const { return max(n_, m_); }
+  __device__ float entropy() const { return eps() * logf(static_cast<float>(max(n_, m_))); }
   __device__ float eps() const { return kLog2e / scale_; }
   __device__ bool drifted() const { return __syncthreads_or(off_); }
 
@@ -71,7 +71,8 @@ class WideEngine {
     __syncthreads();
   }
 
-  __device__ float iterate(float omega, unsigned, float, unsigned& it) {
+  __device__ float iterate(int level, unsigned, float, unsigned& it) {
+    const float omega = omega_of(level);
     float error = 0.f;
     for_rows([&](int i) {
       const float y = row_product(i) * u_[i];
@@ -103,7 +104,7 @@ class WideEngine {
     return dual(f, g);
   }
 
-  __device__ Outcome corrected_value() {
+  __device__ Solution corrected_value() {
     const float mass = static_cast<float>(n_) / static_cast<float>(m_);
     for_cols([&](int j) { v_[j] = mass / column_product(j); });
     __syncthreads();
