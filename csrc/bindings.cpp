@@ -193,6 +193,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COLUMNS") = columns();
   m.attr("CHOICES") = choices();
   m.attr("SOLVER") = solver();
+  m.attr("MEAN_SHARE") = shear::kMeanShare;
   m.def("omega_of", &shear::omega_of, py::arg("level"));
   m.def("next_level", &shear::next_level, py::arg("level"), py::arg("ratio"));
   m.def("tolerance", &shear::tolerance, py::arg("tol"), py::arg("entropy"), py::arg("eps"),

@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kDimsPerTask = 256;
 constexpr int64_t kTokensPerTask = 64;
-constexpr double kMeanShare =
-    0.75;  // beyond, products of states lose two bits more than of centred ones
 
 }  // namespace
 
@@ -75,7 +73,7 @@ void Pipeline::center_groups() {
       center_[g * states_.dim + k] =
           static_cast<float>(sums[k - begin] / static_cast<double>(tokens));
   });
-  // bfloat16 products take the states as they are, if less than kMeanShare of them is the mean
+  // products of bfloat16 take the states as they are unless the mean dominates
   centered_.assign(problem_.groups.size(), 1);
   if (kernels_.bf16_products && states_.dtype == Dtype::kBFloat16)
     for (size_t g = 0; g < problem_.groups.size(); ++g) {

@@ -24,7 +24,6 @@ inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec abs(Vec a) { return (Vec)((VecU)a & 0x7fffffffu); }
 inline Vec sqrt(Vec a) {
   for (int i = 0; i < kWidth; ++i) a[i] = __builtin_sqrtf(a[i]);
   return a;

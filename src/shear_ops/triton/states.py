@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _C
 from .tables import Tables
 from .tasks import (
     ROLLOUT,
@@ -21,7 +22,6 @@ from .tasks import (
 
 TOKENS_AT_ONCE = 16
 DIMS = 64
-MEAN_SHARE = 0.95  # beyond, products of states lose four bits more than of centred ones
 
 
 class States(NamedTuple):
@@ -212,7 +212,7 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
     )
     center_kernel[groups, slices](sums, *members, means, DIM=dim, D=DIMS)
     # centred, then rounded: worse than not centred. float32 is not rounded, so always centre
-    share = -1.0 if hidden.dtype == torch.float32 else MEAN_SHARE
+    share = -1.0 if hidden.dtype == torch.float32 else _C.MEAN_SHARE
     centered_kernel[groups,](means, group_norm, centered, share, DIM=dim, D=wide)
     centered_sq_norm_kernel[tables.tokens.total,](
         hidden, tables.rollouts, tables.tokens.first, rollouts, means, centered, sq_norm,
