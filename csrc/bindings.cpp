@@ -14,6 +14,7 @@
 #include "device_plan.h"
 #include "problem.h"
 #include "solve.h"
+#include "token_cost.h"
 
 namespace py = pybind11;
 
@@ -193,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COLUMNS") = columns();
   m.attr("CHOICES") = choices();
   m.attr("SOLVER") = solver();
+  m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
   m.attr("MEAN_SHARE") = shear::kMeanShare;
   m.def("omega_of", &shear::omega_of, py::arg("level"));
   m.def("next_level", &shear::next_level, py::arg("level"), py::arg("ratio"));

@@ -11,13 +11,6 @@ namespace shear {
 
 enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
 
-// States are centred before their product is taken where the squared norm of the group's mean state
-// is more than this share of the squared mean norm. Up to there the product of states as they are
-// loses at most four bits more to cancellation than that of centred ones, and is exact per term in
-// bfloat16. Beyond, most entries would fall below the threshold for near-duplicates and be computed
-// a second time. (float32 states are always centred on the CPU, where that costs nothing.)
-constexpr double kMeanShare = 0.95;
-
 // The names are those of SpanConfig's choices (shear_ops._C.CHOICES), in the order of the
 // enumerators.
 enum class RegUnit : int { kMeanNorm, kCost };

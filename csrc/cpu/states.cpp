@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/pipeline.h"
+#include "token_cost.h"
 
 namespace shear::cpu {
 namespace {

@@ -7,12 +7,9 @@
 #include <type_traits>
 
 #include "cuda/call.cuh"
+#include "token_cost.h"
 
 namespace shear::cuda {
-
-// Below this share of ||x||^2 + ||y||^2 cancellation eats the result, and these small costs are
-// what a minimum picks.
-constexpr float kNearDuplicate = 0x1p-7f;
 
 template <Dtype kDtype, typename Shape, bool kVectors>
 class CostTile {

@@ -4,6 +4,7 @@ from typing import Any
 COLUMNS: dict[str, tuple[str, ...]]
 CHOICES: dict[str, tuple[str, ...]]
 SOLVER: dict[str, Any]
+NEAR_DUPLICATE: float
 MEAN_SHARE: float
 
 def omega_of(level: int) -> float: ...

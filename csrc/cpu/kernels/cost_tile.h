@@ -3,12 +3,9 @@
 #pragma once
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/simd.h"
+#include "token_cost.h"
 
 namespace shear::cpu::SHEAR_ISA {
-
-// Below this share of ||x||^2 + ||y||^2 cancellation eats the result, and these small costs are
-// what a minimum picks.
-constexpr float kNearDuplicate = 0x1p-7f;
 
 template <Dtype kDtype>
 Vec load_state(const void* data, int64_t index) {

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _C
 from .states import States
 from .tables import Chunk
 from .target import target_of
@@ -30,7 +31,7 @@ from .tasks import (
 )
 
 STRIP = 16  # rows and columns that are repaired together
-NEAR_DUPLICATE = tl.constexpr(2.0**-7)  # of ||x||^2 + ||y||^2, below which cancellation eats d^2
+NEAR_DUPLICATE = tl.constexpr(_C.NEAR_DUPLICATE)
 MARK = tl.constexpr(-1.0)
 
 

@@ -1,0 +1,18 @@
+// What the token costs of all backends share: ||x - y|| from ||x||^2 + ||y||^2 - 2<x, y>, where the
+// product of hidden states is not to lose more than float32 can spare.
+#pragma once
+
+namespace shear {
+
+// Below this share of ||x||^2 + ||y||^2 cancellation eats the result, and these small costs are
+// what a minimum picks: such entries are computed again from the differences of the states.
+constexpr float kNearDuplicate = 0x1p-7f;
+
+// States are centred before their product is taken where the squared norm of the group's mean state
+// is more than this share of the squared mean norm. Up to there the product of states as they are
+// loses at most four bits more to cancellation than that of centred ones, and is exact per term in
+// bfloat16. Beyond, most entries would fall below the threshold for near-duplicates and be computed
+// a second time. (float32 states are always centred on the CPU, where that costs nothing.)
+constexpr double kMeanShare = 0.95;
+
+}  // namespace shear
