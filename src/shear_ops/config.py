@@ -79,6 +79,12 @@ class SpanConfig:
         return values | {name: CHOICES[name].index(values[name]) for name in CHOICES}
 
 
+def check_config(config: object) -> None:
+    """Raise unless config is a SpanConfig; its fields were checked when it was made."""
+    if not isinstance(config, SpanConfig):
+        raise TypeError(f"config must be a SpanConfig, got {type(config).__name__}")
+
+
 def check_count(name: str, value: object) -> None:
     """Raise unless value is an int in [1, 2^31)."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..ops.api import pair_distances
-from .summary import Scores, verdict
+from .summary import Scores, cell, verdict
 
 MATRIX_TOKENS = 4096  # of each rollout: the matrix solves all pairs, nothing bounds them away
-LABELS = {1: "correct", 0: "incorrect", -1: "ignored"}
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -45,9 +44,8 @@ def html_report(scores: Scores, summary: dict[str, Any], rollout: int) -> str:
     """Return the report as text: figures, groups, the rollouts of one group, and one matrix."""
     rollouts = scores.rollouts
     own = int(rollouts.group_ids[rollout])
-    members = [i for i, group in enumerate(rollouts.group_ids.tolist()) if group == own]
-    members.sort(key=lambda i: i != rollout)  # the chosen one first
-    top = max([1e-9, *(float(_weights(scores, i).max()) for i in members if _length(scores, i))])
+    members = sorted(rollouts.members_of(own), key=lambda i: i != rollout)  # the chosen one first
+    top = max([*torch.cat([scores.weights_of(i) for i in members]).tolist(), 1e-9])
     prompts = {rollouts.prompts[i] for i in members} if rollouts.prompts else set()
     common = prompts.pop() if len(prompts) == 1 else ""
     parts = [
@@ -84,9 +82,9 @@ def _figures(summary: dict[str, Any]) -> str:
     weights, uniform, pairs = summary["auc"]["weights"], summary["auc"]["uniform"], summary["pairs"]
     skipped = pairs["bounded"] + pairs["abandoned"]
     figures = {
-        "AUC, all tokens pooled": _number(weights["pooled"]),
-        f"AUC, mean of {weights['rollouts']} rollouts": _number(weights["mean"]),
-        "AUC of uniform weights": _number(uniform["pooled"]),
+        "AUC, all tokens pooled": cell(weights["pooled"]),
+        f"AUC, mean of {weights['rollouts']} rollouts": cell(weights["mean"]),
+        "AUC of uniform weights": cell(uniform["pooled"]),
         "time of span_weights": f"{1000 * summary['seconds']:,.0f} ms",
         "span pairs": f"{pairs['total']:,}",
         "of them bounded away or abandoned": f"{100 * skipped / max(1, pairs['total']):.1f} %",
@@ -102,19 +100,12 @@ def _reference(summary: dict[str, Any]) -> str:
     if check is None:
         return ""
     return (
-        f"On group {check['group']} alone: float64 reference {_number(check['auc'])}, these "
-        f"weights {_number(check['auc_backend'])}."
+        f"On group {check['group']} alone: float64 reference {cell(check['auc'])}, these "
+        f"weights {cell(check['auc_backend'])}."
     )
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
 def _table(rows: list[dict[str, Any]]) -> str:
-    def cell(value: object) -> str:
-        return _number(value) if value is None or isinstance(value, float) else str(value)
-
     head = "".join(f"<th>{name}</th>" for name in rows[0])
     body = "".join(
         "<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows
@@ -124,8 +115,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _heat_map(scores: Scores, rollout: int, top: float, with_prompt: bool) -> str:
     rollouts = scores.rollouts
-    first = -1 if rollouts.first_wrong is None else int(rollouts.first_wrong[rollout])
-    weights = _weights(scores, rollout).tolist()
+    first, weights = rollouts.first_wrong_of(rollout), scores.weights_of(rollout).tolist()
     spans = []
     for t, (text, weight) in enumerate(zip(rollouts.text_of(rollout), weights, strict=True)):
         wrong = " class='wrong'" if t == first else ""
@@ -137,7 +127,7 @@ def _heat_map(scores: Scores, rollout: int, top: float, with_prompt: bool) -> st
         )
     prompt = html.escape(rollouts.prompts[rollout]) if with_prompt and rollouts.prompts else ""
     return (
-        f"<h3>Rollout {rollout}, {LABELS[int(rollouts.labels[rollout])]}</h3>"
+        f"<h3>Rollout {rollout}, {rollouts.label_of(rollout)}</h3>"
         + (f"<p class='muted'>Prompt: {prompt}</p>" if prompt else "")
         + f"<div class='rollout'>{''.join(spans)}</div>"
     )
@@ -153,11 +143,11 @@ def _matrix(scores: Scores, rollout: int, members: list[int]) -> str:
     other = Counter(near.tolist()).most_common(1)[0][0]
     states = [rollouts.hidden[rollouts.tokens_of(i)][:MATRIX_TOKENS] for i in (rollout, other)]
     matrix = pair_distances(*states, config=scores.config)
-    cut = any(_length(scores, i) > MATRIX_TOKENS for i in (rollout, other))
+    cut = any(len(scores.weights_of(i)) > MATRIX_TOKENS for i in (rollout, other))
     part = f" Of both rollouts, the first {MATRIX_TOKENS} tokens." if cut else ""
     return (
         f"<h2>Span distances</h2><p>Rows: spans of rollout {rollout} "
-        f"({LABELS[int(rollouts.labels[rollout])]}); columns: spans of rollout {other}, the one of "
+        f"({rollouts.label_of(rollout)}); columns: spans of rollout {other}, the one of "
         f"its opposing set that holds most of its nearest spans. Numbered by first token. "
         f"{html.escape(scores.config.distance)} distance in units of a token cost, eps from the "
         f"mean norm of these two rollouts. Dots: smallest in the row.{part}</p>"
@@ -187,11 +177,3 @@ def _png(matrix: Tensor, stride: int) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _weights(scores: Scores, rollout: int) -> Tensor:
-    return scores.weights[scores.rollouts.tokens_of(rollout)]
-
-
-def _length(scores: Scores, rollout: int) -> int:
-    return len(_weights(scores, rollout))

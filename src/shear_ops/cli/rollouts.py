@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..ops.api import SpanDistances
-from ..ops.checks import STATE_DTYPES
+from ..ops.batch import STATE_DTYPES, Batch
 
+LABELS = {1: "correct", 0: "incorrect", -1: "ignored"}
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # What a text of a foreign file must not do to a terminal: control characters are shown as pictures,
@@ -60,6 +61,14 @@ class Rollouts:
         """Return where a rollout is among the N tokens."""
         return slice(int(self.cu_seqlens[rollout]), int(self.cu_seqlens[rollout + 1]))
 
+    def first_wrong_of(self, rollout: int) -> int:
+        """Return the position of a rollout's first wrong token, -1 if unknown."""
+        return -1 if self.first_wrong is None else int(self.first_wrong[rollout])
+
+    def label_of(self, rollout: int) -> str:
+        """Return a rollout's label as a word."""
+        return LABELS[int(self.labels[rollout])]
+
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of span_weights."""
         return {
@@ -77,18 +86,23 @@ class Rollouts:
         ids = self.tokens[where].tolist()
         return [self.vocabulary[i] for i in ids] if self.vocabulary else [f"{i} " for i in ids]
 
+    def members_of(self, group_id: int) -> list[int]:
+        """Return the indices of a group's rollouts, in order."""
+        members: list[int] = (self.group_ids == group_id).nonzero().flatten().tolist()
+        return members
+
     def group(self, group_id: int) -> Rollouts:
         """Return the rollouts of one group as a batch of its own, packed."""
-        members = (self.group_ids == group_id).nonzero().flatten().tolist()
+        members = self.members_of(group_id)
         rows = torch.cat([torch.arange(*self.cu_seqlens[i : i + 2].tolist()) for i in members])
         lengths = self.cu_seqlens.diff()[members]
         return Rollouts(
-            self.hidden[rows],
-            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-            self.group_ids[members],
-            self.labels[members],
-            None if self.tokens is None else self.tokens[rows],
-            None if self.first_wrong is None else self.first_wrong[members],
+            hidden=self.hidden[rows],
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            group_ids=self.group_ids[members],
+            labels=self.labels[members],
+            tokens=None if self.tokens is None else self.tokens[rows],
+            first_wrong=None if self.first_wrong is None else self.first_wrong[members],
             vocabulary=self.vocabulary,
         )
 
@@ -143,30 +157,48 @@ def _rollouts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Rollouts:
     _want(group_ids.shape == (batch,), "group_ids", _shape(group_ids), f"({batch},)")
     _want(bool(((labels >= -1) & (labels <= 1)).all()), "labels", sorted(set(labels.tolist()))[:5],
           "1, 0 or -1")  # fmt: skip
-    hidden, offsets, tokens, mask = _packed(tensors, batch)
-    _want(bool(hidden.isfinite().all()), "hidden", "NaN or Inf", "finite states")
+    _check_layout(tensors, batch)
+    mask, tokens = tensors.get("mask"), tensors.get("tokens")
+    packed = Batch.of(
+        tensors["hidden"],
+        cu_seqlens=tensors["cu_seqlens"].long() if mask is None else None,
+        mask=mask,
+        group_ids=group_ids,
+        labels=labels.to(torch.int8),
+    )
+    _want(bool(packed.hidden.isfinite().all()), "hidden", "NaN or Inf", "finite states")
     first_wrong = tensors.get("first_wrong")
     if first_wrong is not None:
         first_wrong = first_wrong.long()
         _want(first_wrong.shape == (batch,), "first_wrong", _shape(first_wrong), f"({batch},)")
-        lengths = offsets.diff().tolist()
+        lengths = packed.cu_seqlens.diff().tolist()
         for i, (first, length) in enumerate(zip(first_wrong.tolist(), lengths, strict=True)):
             seen = f"{first} for rollout {i} of {length} tokens"
             _want(-1 <= first < max(length, 0), "first_wrong", seen, "-1 or inside the rollout")
     vocabulary, prompts = _texts(metadata, "vocabulary"), _texts(metadata, "prompts")
     _want(len(prompts) in (0, batch), "metadata prompts", f"{len(prompts)} texts", f"{batch} texts")
+    if tokens is not None:
+        tokens = (tokens if packed.mask is None else tokens[packed.mask]).long()
     if vocabulary and tokens is not None and len(tokens):
         low, high = int(tokens.min()), int(tokens.max())
         _want(low >= 0 and high < len(vocabulary), "tokens", f"{low} to {high}",
               f"0 to {len(vocabulary) - 1} (ids in the vocabulary)")  # fmt: skip
-    return Rollouts(hidden, offsets, group_ids, labels.to(torch.int8), tokens, first_wrong, mask,
-                    vocabulary, prompts, _shown(metadata.get("source", "")))  # fmt: skip
+    return Rollouts(
+        hidden=packed.hidden,
+        cu_seqlens=packed.cu_seqlens,
+        group_ids=packed.group_ids,
+        labels=packed.labels,
+        tokens=tokens,
+        first_wrong=first_wrong,
+        mask=packed.mask,
+        vocabulary=vocabulary,
+        prompts=prompts,
+        source=_shown(metadata.get("source", "")),
+    )
 
 
-def _packed(
-    tensors: dict[str, Tensor], batch: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check the layout; return hidden (N, d), offsets (B + 1,), tokens (N,), mask of the file."""
+def _check_layout(tensors: dict[str, Tensor], batch: int) -> None:
+    """Check what says where the tokens of the rollouts are, in words about a file."""
     hidden, mask, tokens = tensors["hidden"], tensors.get("mask"), tensors.get("tokens")
     _want(hidden.dtype in STATE_DTYPES, "hidden", hidden.dtype, "float32, float16 or bfloat16")
     _want(hidden.dim() == (2 if mask is None else 3), "hidden", _shape(hidden),
@@ -183,13 +215,9 @@ def _packed(
         _want(mask.shape == hidden.shape[:2], "mask", _shape(mask), str(tuple(hidden.shape[:2])))
         _want(len(mask) == batch, "mask", _shape(mask), f"({batch}, T)")
         _want(bool(((mask == 0) | (mask == 1)).all()), "mask", "other values", "0 and 1")
-        mask = mask.bool()
-        offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     if tokens is not None:
         wanted = (len(hidden),) if mask is None else tuple(mask.shape)
         _want(tokens.shape == wanted, "tokens", _shape(tokens), str(wanted))
-        tokens = (tokens if mask is None else tokens[mask]).long()
-    return hidden if mask is None else hidden[mask], offsets, tokens, mask
 
 
 def _want(ok: bool, name: str, seen: object, wanted: str) -> None:
@@ -232,7 +260,7 @@ def check_output(path: Path) -> Path:
 
 
 def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDistances) -> None:
-    """Write weights in the layout of the input, and what every span found.
+    """Write weights (N,) in the layout of the input, and what every span found.
 
     Raises:
         ValueError, OSError: if the file cannot be written.
@@ -241,8 +269,9 @@ def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDist
     from safetensors.torch import save_file
 
     check_output(path)
-
+    packed = Batch(**rollouts.arguments(), mask=rollouts.mask)
     tensors = {
+        "weights": packed.restore(weights),
         "group_ids": rollouts.group_ids,
         "labels": rollouts.labels,
         "span_distance": found.distance,
@@ -252,11 +281,9 @@ def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDist
         "span_end": found.end,
     }
     if rollouts.mask is None:
-        tensors |= {"weights": weights, "cu_seqlens": rollouts.cu_seqlens}
+        tensors["cu_seqlens"] = rollouts.cu_seqlens
     else:
-        padded = torch.ones(rollouts.mask.shape)
-        padded[rollouts.mask] = weights
-        tensors |= {"weights": padded, "mask": rollouts.mask}
+        tensors["mask"] = rollouts.mask
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as error:  # not an OSError, even for a full disk

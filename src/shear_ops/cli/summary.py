@@ -26,6 +26,10 @@ class Scores:
     found: SpanDistances
     seconds: float
 
+    def weights_of(self, rollout: int) -> Tensor:
+        """Return the token weights (T,) of a rollout."""
+        return self.weights[self.rollouts.tokens_of(rollout)]
+
 
 def score_rollouts(rollouts: Rollouts, config: SpanConfig, backend: str | None) -> Scores:
     """Compute weights (timed) and span distances (for the counts)."""
@@ -55,7 +59,7 @@ def mistake_auc(rollouts: Rollouts, weights: Tensor) -> dict[str, float | int | 
     for i in range(len(rollouts)):
         if int(rollouts.labels[i]) != 0:
             continue
-        first = -1 if rollouts.first_wrong is None else int(rollouts.first_wrong[i])
+        first = rollouts.first_wrong_of(i)
         if first <= 0:
             left_out += 1
             continue
@@ -77,11 +81,10 @@ def group_rows(scores: Scores) -> list[dict[str, Any]]:
     """One row per group, in order of appearance."""
     rows = []
     rollouts = scores.rollouts
-    ids = rollouts.group_ids.tolist()
-    for group_id in dict.fromkeys(ids):
-        members = [i for i, g in enumerate(ids) if g == group_id]
+    for group_id in dict.fromkeys(rollouts.group_ids.tolist()):
+        members = rollouts.members_of(group_id)
         labels = rollouts.labels[members].tolist()
-        own = torch.cat([scores.weights[rollouts.tokens_of(i)] for i in members])
+        own = torch.cat([scores.weights_of(i) for i in members])
         part = rollouts.group(group_id)
         rows.append({
             "group": group_id,
@@ -139,6 +142,13 @@ def summarize(scores: Scores, reference: dict[str, Any] | None) -> dict[str, Any
     }
 
 
+def cell(value: object) -> str:
+    """What a table shows: three decimals of a number that is no count, a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """One sentence on the AUC, as it is."""
     value = summary["auc"]["weights"]["pooled"]
@@ -159,7 +169,6 @@ def shown_rollout(rollouts: Rollouts, wanted: int | None) -> int:
             raise ValueError(f"--rollout must be in [0, {len(rollouts)}), got {wanted}")
         return wanted
     for i in range(len(rollouts)):
-        known = rollouts.first_wrong is not None and int(rollouts.first_wrong[i]) > 0
-        if int(rollouts.labels[i]) == 0 and known:
+        if int(rollouts.labels[i]) == 0 and rollouts.first_wrong_of(i) > 0:
             return i
     return 0

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .summary import Scores, verdict
+from .summary import Scores, cell, verdict
 
 
 def print_summary(console: Console, scores: Scores, summary: dict[str, Any], shown: int) -> None:
@@ -26,7 +26,7 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
         for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
         for row in summary["groups"]:
-            table.add_row(*(_cell(row[name]) for name in columns))
+            table.add_row(*(cell(row[name]) for name in columns))
         console.print(table)
     pairs = summary["pairs"]
     console.print(
@@ -55,18 +55,14 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
         console.print(f"{what}: {path}", soft_wrap=True)
 
 
-def _cell(value: object) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 def _colored(scores: Scores, rollout: int) -> Text:
     """A rollout as text on a background from white (weight 0) to red, its first mistake marked."""
     rollouts = scores.rollouts
-    weights = scores.weights[rollouts.tokens_of(rollout)].tolist()
+    weights = scores.weights_of(rollout).tolist()
     top = max([*weights, 1e-9])
-    first = -1 if rollouts.first_wrong is None else int(rollouts.first_wrong[rollout])
-    label = {1: "correct", 0: "incorrect", -1: "ignored"}[int(rollouts.labels[rollout])]
-    out = Text(f"rollout {rollout} of group {int(rollouts.group_ids[rollout])}, {label}; ")
+    first = rollouts.first_wrong_of(rollout)
+    group, label = int(rollouts.group_ids[rollout]), rollouts.label_of(rollout)
+    out = Text(f"rollout {rollout} of group {group}, {label}; ")
     out.append("weight 0", style="black on rgb(255,255,255)")
     out.append(f" to {top:.2f}", style="black on rgb(214,40,40)")
     out.append("; ▶ marks the first wrong step\n" if first >= 0 else "\n")

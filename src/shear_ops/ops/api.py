@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -10,12 +9,17 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
-from ..config import CHOICES, SpanConfig, check_count, check_reg, check_threshold, check_tol
+from ..config import (
+    CHOICES,
+    SpanConfig,
+    check_config,
+    check_count,
+    check_reg,
+    check_threshold,
+    check_tol,
+)
 from . import backends
-from .batch import Packed, pack
-from .checks import as_integers, check_states
-
-Integers = Tensor | Sequence[int]
+from .batch import Batch, Integers, as_integers, check_states
 
 
 class PairCounts(NamedTuple):
@@ -81,52 +85,33 @@ class Plan(NamedTuple):
     workspace_bytes: int
 
 
-class _Call(NamedTuple):
-    packed: Packed
-    group_ids: Tensor
-    labels: Tensor
-    backend: str
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.packed.hidden, self.packed.cu_seqlens, self.group_ids, self.labels
-
-
-def _prepare(
+def _checked(
     hidden: Tensor,
-    cu_seqlens: Tensor | None,
+    *,
+    cu_seqlens: Integers | None,
     mask: Tensor | None,
     group_ids: Integers,
     labels: Integers,
     config: SpanConfig,
     backend: str | None,
-) -> _Call:
-    _check_config(config)
-    packed = pack(hidden, cu_seqlens, mask)
-    batch = packed.cu_seqlens.shape[0] - 1
-    call = _Call(
-        packed,
-        as_integers("group_ids", group_ids, batch),
-        as_integers("labels", labels, batch),
-        backends.choose(backend, hidden.device, config.distance),
-    )
-    if call.backend == "reference":
-        _check_values(call, config)
-    return call
+) -> tuple[Batch, str]:
+    """Check the arguments that span_weights and span_distances share; return the backend, too."""
+    check_config(config)
+    batch = Batch.of(hidden, cu_seqlens=cu_seqlens, mask=mask, group_ids=group_ids, labels=labels)
+    chosen = backends.choose(backend, hidden.device, config.distance)
+    if chosen == "reference":
+        batch.check_values()
+    return batch, chosen
 
 
-def _check_config(config: object) -> None:
-    if not isinstance(config, SpanConfig):
-        raise TypeError(f"config must be a SpanConfig, got {type(config).__name__}")
-
-
-def _check_values(call: _Call, config: SpanConfig) -> None:
-    """Give the reference the checks that the compiled backends make in csrc/problem.cpp."""
-    hidden, offsets, group_ids, labels = call.tensors()
-    _C.plan(
-        offsets.tolist(), group_ids.tolist(), labels.tolist(),
-        tokens=hidden.shape[0], dim=hidden.shape[1], span=config.span, stride=config.stride,
-        distance=0, threads=1,
-    )  # fmt: skip
+def _weights(batch: Batch, backend: str, config: SpanConfig) -> Tensor:
+    """Token weights of a batch, in the layout that it was given in."""
+    if backend == "reference":
+        weights = reference.span_weights(*batch.tensors(), **asdict(config)).float()
+    else:
+        operators = backends.operators(backend)
+        weights = operators.span_weights(*batch.tensors(), **config.op_arguments())
+    return batch.restore(weights)
 
 
 def span_weights(
@@ -159,13 +144,16 @@ def span_weights(
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value wanted.
     """
-    call = _prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
-    if call.backend == "reference":
-        weights = reference.span_weights(*call.tensors(), **asdict(config)).float()
-    else:
-        operators = backends.operators(call.backend)
-        weights = operators.span_weights(*call.tensors(), **config.op_arguments())
-    return call.packed.restore(weights, fill=1.0)
+    batch, chosen = _checked(
+        hidden,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        group_ids=group_ids,
+        labels=labels,
+        config=config,
+        backend=backend,
+    )
+    return _weights(batch, chosen, config)
 
 
 def weighted_advantages(
@@ -192,28 +180,29 @@ def weighted_advantages(
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         seen = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
         raise TypeError(f"advantages must be a floating-point tensor, got {seen}")
-    offsets = None if cu_seqlens is None else as_integers("cu_seqlens", cu_seqlens)
-    weights = span_weights(
+    batch, chosen = _checked(
         hidden,
-        cu_seqlens=offsets,
+        cu_seqlens=cu_seqlens,
         mask=mask,
         group_ids=group_ids,
         labels=labels,
         config=config,
         backend=backend,
     )
-    batch = weights.shape[0] if offsets is None else offsets.shape[0] - 1
-    if advantages.shape != (batch,):
+    rollouts = batch.labels.shape[0]
+    if advantages.shape != (rollouts,):
         raise ValueError(
-            f"advantages must have shape ({batch},), one per rollout, got {tuple(advantages.shape)}"
+            f"advantages must have shape ({rollouts},), one per rollout, got "
+            f"{tuple(advantages.shape)}"
         )
-    if advantages.device != weights.device:
+    if advantages.device != hidden.device:
         raise ValueError(
-            f"advantages must be on hidden's device {weights.device}, got {advantages.device}"
+            f"advantages must be on hidden's device {hidden.device}, got {advantages.device}"
         )
-    if offsets is None:
+    weights = _weights(batch, chosen, config)
+    if batch.mask is not None:
         return advantages[:, None] * weights
-    lengths = offsets.diff().to(advantages.device)
+    lengths = batch.cu_seqlens.diff().to(advantages.device)
     return advantages.repeat_interleave(lengths, output_size=weights.shape[0]) * weights
 
 
@@ -241,24 +230,46 @@ def span_distances(
     Raises:
         TypeError, ValueError: as span_weights.
     """
-    call = _prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
-    if call.backend == "reference":
-        return _reference_distances(call, config)
-    operators = backends.operators(call.backend)
-    distance, nearest, residual, iterations, spans, pairs = operators.span_distances(
-        *call.tensors(), **config.op_arguments(), prune=prune
+    batch, chosen = _checked(
+        hidden,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        group_ids=group_ids,
+        labels=labels,
+        config=config,
+        backend=backend,
     )
-    counts = PairCounts(*(int(n) for n in pairs.tolist()))
+    if chosen == "reference":
+        return _reference_distances(batch, config)
+    operators = backends.operators(chosen)
+    distance, nearest, residual, iterations, spans, pairs = operators.span_distances(
+        *batch.tensors(), **config.op_arguments(), prune=prune
+    )
     rollout, begin, end = spans.unbind(1)
-    return SpanDistances(distance, nearest, residual, iterations, rollout, begin, end, counts)
-
-
-def _reference_distances(call: _Call, config: SpanConfig) -> SpanDistances:
-    found = reference.span_distances(*call.tensors(), **asdict(config))
     return SpanDistances(
-        found.distance.float(), found.nearest, found.residual.float(), found.iterations.int(),
-        found.rollout, found.begin, found.end, PairCounts(*found.pairs),
-    )  # fmt: skip
+        distance=distance,
+        nearest=nearest,
+        residual=residual,
+        iterations=iterations,
+        rollout=rollout,
+        begin=begin,
+        end=end,
+        pairs=PairCounts(*(int(n) for n in pairs.tolist())),
+    )
+
+
+def _reference_distances(batch: Batch, config: SpanConfig) -> SpanDistances:
+    found = reference.span_distances(*batch.tensors(), **asdict(config))
+    return SpanDistances(
+        distance=found.distance.float(),
+        nearest=found.nearest,
+        residual=found.residual.float(),
+        iterations=found.iterations.int(),
+        rollout=found.rollout,
+        begin=found.begin,
+        end=found.end,
+        pairs=PairCounts(*found.pairs),
+    )
 
 
 def pair_distances(
@@ -281,7 +292,7 @@ def pair_distances(
     Raises:
         TypeError, ValueError: as span_weights.
     """
-    _check_config(config)
+    check_config(config)
     check_states("x", x, (2,))
     check_states("y", y, (2,))
     if x.dtype != y.dtype or x.shape[1] != y.shape[1] or x.device != y.device:
@@ -330,7 +341,8 @@ def sinkhorn(
     check_reg(reg)
     check_tol(tol)
     check_count("n_iters", n_iters)
-    if (cost is None) == (x is None or y is None) or (x is None) != (y is None):
+    given = [name for name, value in (("cost", cost), ("x", x), ("y", y)) if value is not None]
+    if given not in (["cost"], ["x", "y"]):
         raise ValueError("give either cost, or both x and y")
     if cost is None:
         cost = _euclidean(check_states("x", x, (3,)), check_states("y", y, (3,)))
@@ -341,18 +353,27 @@ def sinkhorn(
     batch = cost[None] if cost.dim() == 2 else cost
     if batch.shape[1] < 1:
         raise ValueError(f"cost must have at least one row, got shape {tuple(cost.shape)}")
-    lengths = [
-        None if given is None else as_integers(name, given, batch.shape[0])
-        for name, given in (("n_rows", n_rows), ("n_cols", n_cols))
-    ]
-    for name, given, size in zip(("n_rows", "n_cols"), lengths, batch.shape[1:], strict=True):
-        if given is not None and bool(((given < 1) | (given > size)).any()):
-            raise ValueError(f"{name} must be in [1, {size}], got {given.tolist()}")
+    problems, rows, columns = batch.shape
     value, residual, iterations = backends.operators(chosen).sinkhorn(
-        batch.float(), *lengths, reg=reg, n_iters=n_iters, tol=tol
+        batch.float(),
+        _in_use("n_rows", n_rows, problems, rows),
+        _in_use("n_cols", n_cols, problems, columns),
+        reg=reg,
+        n_iters=n_iters,
+        tol=tol,
     )
-    result = SinkhornResult(value, residual, iterations, iterations < n_iters)
+    result = SinkhornResult(value, residual, iterations, converged=iterations < n_iters)
     return SinkhornResult(*(t[0] for t in result)) if cost.dim() == 2 else result
+
+
+def _in_use(name: str, given: Integers | None, problems: int, size: int) -> Tensor | None:
+    """Check how many rows or columns of each problem are in use: (B,) integers in [1, size]."""
+    if given is None:
+        return None
+    lengths = as_integers(name, given, problems)
+    if bool(((lengths < 1) | (lengths > size)).any()):
+        raise ValueError(f"{name} must be in [1, {size}], got {lengths.tolist()}")
+    return lengths
 
 
 def _euclidean(x: Tensor, y: Tensor) -> Tensor:
@@ -406,7 +427,7 @@ def plan(
     Raises:
         TypeError, ValueError: as span_weights.
     """
-    _check_config(config)
+    check_config(config)
     check_count("dim", dim)
     if threads is not None:
         check_count("threads", threads)

@@ -1,39 +1,118 @@
-"""Padded rollouts to the packed layout and back: the only code that knows both."""
+"""The rollouts of a call: tensor arguments checked, padded rollouts packed, and back.
+
+Every check of a tensor argument is here, once: shapes, dtypes and devices in Batch.of, values
+(offsets, labels) in Batch.check_values, which asks csrc/problem.cpp. The operators make the checks
+of values themselves, for every caller alike; NaN and Inf are found where states are read.
+Errors name the argument, the value seen and the value wanted.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import as_integers, capturing, check_mask, check_states
+from .. import _C
+
+Integers = Tensor | Sequence[int]
+
+# What torch.ops.shear reads; other integers are converted.
+OP_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int8, torch.bool)
+STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Packed(NamedTuple):
-    """Rollouts one after the other: hidden (N, d), cu_seqlens (B + 1); mask (B, T) if padded."""
+class Row(NamedTuple):
+    """What is known of a rollout without its states."""
+
+    group: int
+    label: int
+    tokens: int
+
+
+class Batch(NamedTuple):
+    """B rollouts one after the other, N tokens in all; the integers are on the CPU.
+
+    Attributes:
+        hidden: (N, d). cu_seqlens: (B + 1,). group_ids, labels: (B,).
+        mask: (B, T) bool of rollouts that were given padded, else None.
+    """
 
     hidden: Tensor
     cu_seqlens: Tensor
+    group_ids: Tensor
+    labels: Tensor
     mask: Tensor | None
 
-    def restore(self, values: Tensor, fill: float) -> Tensor:
-        """Bring values (N,) to the layout of the input: (N,), or (B, T) with fill where masked."""
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        *,
+        cu_seqlens: Integers | None,
+        mask: Tensor | None,
+        group_ids: Integers,
+        labels: Integers,
+    ) -> Batch:
+        """Check layouts, dtypes and devices, and pack: tokens where mask is set, row by row.
+
+        Args:
+            hidden: (N, d) with cu_seqlens, or (B, T, d) with mask.
+            cu_seqlens: (B + 1,) int32 or int64 offsets of the rollouts, from 0 to N.
+            mask: (B, T) bool or 0/1; 1 where a token is valid. It may have holes.
+            group_ids, labels: (B,) integers.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the value seen and the value wanted.
+            RuntimeError: for what would have to be copied while a graph is captured.
+        """
+        packed, offsets, valid = _pack(hidden, cu_seqlens, mask)
+        batch = offsets.shape[0] - 1
+        return cls(
+            hidden=packed,
+            cu_seqlens=offsets,
+            group_ids=as_integers("group_ids", group_ids, batch),
+            labels=as_integers("labels", labels, batch),
+            mask=valid,
+        )
+
+    def check_values(self) -> Batch:
+        """Return self, or raise ValueError for offsets or labels that no operator takes.
+
+        For those who read the values themselves. Operators check what they are given.
+        """
+        _C.plan(
+            self.cu_seqlens.tolist(),
+            self.group_ids.tolist(),
+            self.labels.tolist(),
+            tokens=self.hidden.shape[0],
+            dim=1, span=100, stride=25, distance=0, threads=1,
+        )  # fmt: skip
+        return self
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the tensor arguments of torch.ops.shear and of the reference, in their order."""
+        return self.hidden, self.cu_seqlens, self.group_ids, self.labels
+
+    def rows(self) -> list[Row]:
+        """Return a row for every rollout; for checked values."""
+        columns = (self.group_ids, self.labels, self.cu_seqlens.diff())
+        return [Row(*row) for row in zip(*(c.long().tolist() for c in columns), strict=True)]
+
+    def restore(self, weights: Tensor) -> Tensor:
+        """Bring weights (N,) to the layout of the input: (N,), or (B, T) with 1 where masked."""
         if self.mask is None:
-            return values
-        out = values.new_full(self.mask.shape, fill)
-        out[self.mask] = values
+            return weights
+        out = weights.new_ones(self.mask.shape)
+        out[self.mask] = weights
         return out
 
 
-def pack(hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Packed:
-    """Check the layout of hidden and pack it: tokens where mask is set, rollout by rollout.
-
-    Args:
-        hidden: (N, d) with cu_seqlens, or (B, T, d) with mask.
-        cu_seqlens: (B + 1,) int32 or int64 offsets of the rollouts, from 0 to N.
-        mask: (B, T) bool or 0/1; 1 where a token is valid. It may have holes.
-    """
+def _pack(
+    hidden: Tensor, cu_seqlens: Integers | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden (N, d), offsets (B + 1,), and the mask as bools if there is one."""
     check_states("hidden", hidden, (2, 3))
     if hidden.dim() == 2:
         if cu_seqlens is None or mask is not None:
@@ -43,7 +122,7 @@ def pack(hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Pack
             raise TypeError(f"cu_seqlens must be int32 or int64, got {offsets.dtype}")
         if offsets.shape[0] == 0:
             raise ValueError("cu_seqlens must have at least one entry (0), got none")
-        return Packed(hidden, offsets, None)
+        return hidden, offsets, None
     if mask is None or cu_seqlens is not None:
         raise ValueError(
             "hidden (B, T, d) is padded: give mask (B, T) and no cu_seqlens; "
@@ -57,4 +136,87 @@ def pack(hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Pack
     valid = check_mask(mask, hidden)
     lengths = valid.sum(1).cpu()
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    return Packed(hidden[valid], offsets, valid)
+    return hidden[valid], offsets, valid
+
+
+def check_states(name: str, states: object, dims: tuple[int, ...]) -> Tensor:
+    """Raise unless states is a float tensor whose dimension count is in dims and whose d >= 1."""
+    if not isinstance(states, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(states).__name__}")
+    if states.dtype not in STATE_DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {states.dtype}")
+    if states.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {states.layout}")
+    if states.dim() not in dims:
+        wanted = " or ".join(f"{d}-d" for d in dims)
+        raise ValueError(f"{name} must be {wanted}, got shape {tuple(states.shape)}")
+    if states.shape[-1] < 1:
+        raise ValueError(f"{name} must have at least one dimension, got {tuple(states.shape)}")
+    return states
+
+
+def as_integers(name: str, values: Integers, size: int | None = None) -> Tensor:
+    """Return a 1-d integer tensor on the CPU, given as a tensor or a sequence, or raise."""
+    if isinstance(values, Tensor):
+        tensor = values
+    else:
+        try:
+            tensor = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:  # by what is in it
+            hint = "; group_ids_from_uids makes them of strings" if name == "group_ids" else ""
+            raise TypeError(f"{name} must be int64 integers, got {_short(values)}{hint}") from error
+        if tensor.numel() == 0:
+            tensor = tensor.long()
+    if tensor.is_floating_point() or tensor.is_complex():
+        hint = "; labels_from_rewards makes labels of rewards" if name == "labels" else ""
+        raise TypeError(f"{name} must be integer or bool, got {tensor.dtype}{hint}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must be 1-d, got shape {tuple(tensor.shape)}")
+    if size is not None and tensor.shape[0] != size:
+        raise ValueError(f"{name} must have {size} entries, got {tensor.shape[0]}")
+    if tensor.dtype not in OP_INTEGER_DTYPES:
+        tensor = tensor.long()
+    if capturing(tensor):
+        raise RuntimeError(
+            f"{name} must be on the CPU while a graph is captured, got {tensor.device}"
+        )
+    return tensor.cpu()
+
+
+def _short(values: object) -> str:
+    text = repr(values)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Return whether the current stream is being captured in a graph, where nothing may wait."""
+    return (
+        tensor.is_cuda
+        and not torch.compiler.is_compiling()
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def check_mask(mask: object, hidden: Tensor) -> Tensor:
+    """Return mask as a bool tensor of shape (B, T) on hidden's device."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"mask must have hidden's first two dimensions {tuple(hidden.shape[:2])}, "
+            f"got {tuple(mask.shape)}"
+        )
+    if mask.device != hidden.device:
+        raise ValueError(f"mask must be on hidden's device {hidden.device}, got {mask.device}")
+    return mask_as_bool(mask)
+
+
+def mask_as_bool(mask: Tensor) -> Tensor:
+    """Return a mask of bools or of 0 and 1 as bools, or raise."""
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
+    if mask.dtype is torch.bool:
+        return mask
+    if not torch.compiler.is_compiling() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("mask must be 0 or 1 everywhere, got other values")
+    return mask != 0

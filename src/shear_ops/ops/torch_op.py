@@ -20,6 +20,13 @@ from . import backends, cuda
 NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
 
 
+def span_count(tokens: int, span: int, stride: int) -> int:
+    """Spans of a rollout: the rule of csrc/spans.h, for lengths that may be symbolic."""
+    if tokens == 0:
+        return 0
+    return 1 if tokens <= span else (tokens - span + stride - 1) // stride + 1
+
+
 @register_fake("shear::span_weights")
 def _(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
@@ -40,12 +47,8 @@ def _(hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 
 @register_fake("shear::pair_distances")
 def _(x: Tensor, y: Tensor, *, span: int = 100, stride: int = 25, **kwargs: Any) -> Tensor:
-    def spans(tokens: int) -> int:
-        if tokens == 0:
-            return 0
-        return 1 if tokens <= span else (tokens - span + stride - 1) // stride + 1
-
-    return x.new_empty((spans(x.shape[0]), spans(y.shape[0])), dtype=torch.float32)
+    rows, columns = (span_count(states.shape[0], span, stride) for states in (x, y))
+    return x.new_empty((rows, columns), dtype=torch.float32)
 
 
 @register_fake("shear::sinkhorn")

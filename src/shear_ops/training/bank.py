@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import SpanConfig
-from ..ops import api
-from ..ops.checks import as_integers
+from ..ops.batch import Batch, Integers, Row, as_integers
 from . import distributed
 from .weighting import Weighting
 
@@ -55,7 +54,7 @@ class HiddenBank:
             raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
         self._storage = storage
         self._mixed_groups = mixed_groups
-        self._rows: dict[int, tuple[int, int, int]] = {}  # group, label, tokens by sample id
+        self._rows: dict[int, Row] = {}  # by sample id
         self._states: dict[int, Tensor] = {}
         self._like: Tensor | None = None  # (0, d) with the dtype and device of the states
 
@@ -74,9 +73,9 @@ class HiddenBank:
         *,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
-        sample_ids: api.Integers,
-        group_ids: api.Integers,
-        labels: api.Integers,
+        sample_ids: Integers,
+        group_ids: Integers,
+        labels: Integers,
     ) -> None:
         """Add the rollouts of a micro-batch.
 
@@ -87,31 +86,31 @@ class HiddenBank:
         Raises:
             TypeError, ValueError: naming the argument, the value seen and the value wanted.
         """
-        # the reference takes any device, and its values are checked at once
-        call = api._prepare(hidden, cu_seqlens, mask, group_ids, labels, SpanConfig(), "reference")
-        packed = call.packed
-        batch = packed.cu_seqlens.shape[0] - 1
-        ids = as_integers("sample_ids", sample_ids, batch)
-        columns = [[int(v) for v in t.tolist()] for t in (ids, call.group_ids, call.labels)]
-        lengths = packed.cu_seqlens.diff().tolist()
-        like = packed.hidden.detach()[:0]
-        if self._like is not None and (like.shape, like.dtype) != (
-            self._like.shape,
-            self._like.dtype,
-        ):
+        batch = Batch.of(
+            hidden, cu_seqlens=cu_seqlens, mask=mask, group_ids=group_ids, labels=labels
+        ).check_values()
+        rows = batch.rows()
+        samples = as_integers("sample_ids", sample_ids, len(rows)).long().tolist()
+        states = batch.hidden.detach()
+        self._check_like(states)
+        known = [sample for sample in samples if sample in self._rows]
+        if known or len(set(samples)) < len(samples):
+            raise ValueError(f"sample_ids must be new and unique, got {samples}, known: {known}")
+        self._like = states[:0].clone()
+        parts = torch.split(states, [row.tokens for row in rows])
+        for sample, row, own in zip(samples, rows, parts, strict=True):
+            self._rows[sample] = row
+            if row.label >= 0 and (self._mixed_groups is None or row.group in self._mixed_groups):
+                self._states[sample] = self._store(own)
+
+    def _check_like(self, states: Tensor) -> None:
+        """Raise unless states have the dimension and dtype of those added before."""
+        like = self._like
+        if like is not None and (states.shape[1], states.dtype) != (like.shape[1], like.dtype):
             raise ValueError(
-                f"hidden must have d = {self._like.shape[1]} and {self._like.dtype} as before, "
-                f"got d = {like.shape[1]} and {like.dtype}"
+                f"hidden must have d = {like.shape[1]} and {like.dtype} as before, "
+                f"got d = {states.shape[1]} and {states.dtype}"
             )
-        known = [sample for sample in columns[0] if sample in self._rows]
-        if known or len(set(columns[0])) < batch:
-            raise ValueError(f"sample_ids must be new and unique, got {columns[0]}, known: {known}")
-        self._like = like.clone()
-        rollouts = zip(*columns, lengths, torch.split(packed.hidden.detach(), lengths), strict=True)
-        for sample, group, label, tokens, states in rollouts:
-            self._rows[sample] = (group, label, tokens)
-            if label >= 0 and (self._mixed_groups is None or group in self._mixed_groups):
-                self._states[sample] = self._store(states)
 
     def _store(self, states: Tensor) -> Tensor:
         if self._storage == "device" or states.device.type == "cpu":
@@ -141,15 +140,15 @@ class HiddenBank:
         self._rows, self._states, self._like = {}, {}, None
         stored = set(states)
         # what was not stored has weight 1 whatever its states: a rollout without tokens
-        lengths = [rows[sample][2] if sample in stored else 0 for sample in rows]
+        lengths = [row.tokens if sample in stored else 0 for sample, row in rows.items()]
         parts = [like, *(states.pop(s).to(like.device) for s in rows if s in stored)]
         hidden = torch.cat(parts)
         parts.clear()  # else every state is there twice from here on
         found = distributed.span_weights(
             hidden,
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-            group_ids=[group for group, _, _ in rows.values()],
-            labels=[label for _, label, _ in rows.values()],
+            group_ids=[row.group for row in rows.values()],
+            labels=[row.label for row in rows.values()],
             sample_ids=list(rows),
             config=config,
             weighting=weighting,
@@ -159,7 +158,13 @@ class HiddenBank:
         )
         found_of = torch.split(found.weights, lengths)
         weights = {
-            sample: part if sample in stored else part.new_ones(rows[sample][2])
+            sample: part if sample in stored else part.new_ones(rows[sample].tokens)
             for sample, part in zip(rows, found_of, strict=True)
         }
-        return BankedWeights(weights, *found[1:])
+        return BankedWeights(
+            weights=weights,
+            states_sent=found.states_sent,
+            weights_sent=found.weights_sent,
+            groups=found.groups,
+            mixed_groups=found.mixed_groups,
+        )

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_states, mask_as_bool
+from ..ops.batch import check_states, mask_as_bool
 
 ALIGNMENTS = ("token", "predictor")
 

@@ -10,15 +10,16 @@ is the same bit for bit.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import SpanConfig
-from ..ops import api
-from ..ops.checks import STATE_DTYPES, as_integers
+from ..config import SpanConfig, check_config
+from ..ops import api, backends
+from ..ops.batch import STATE_DTYPES, Batch, Integers, Row, as_integers
 from .link import Link, Move
 from .weighting import Weighting
 
@@ -39,6 +40,15 @@ class GroupWeights(NamedTuple):
     mixed_groups: int
 
 
+class _Form(NamedTuple):
+    """What a rank's call looks like, as integers."""
+
+    rollouts: int
+    dim: int
+    dtype: int  # index into STATE_DTYPES
+    settings: int  # a hash
+
+
 class _Rollout(NamedTuple):
     group: int
     sample: int
@@ -53,9 +63,9 @@ def span_weights(
     *,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
-    group_ids: api.Integers,
-    labels: api.Integers,
-    sample_ids: api.Integers | None = None,
+    group_ids: Integers,
+    labels: Integers,
+    sample_ids: Integers | None = None,
     config: SpanConfig = SpanConfig(),
     weighting: Weighting = Weighting(),
     step: int = 0,
@@ -87,32 +97,38 @@ def span_weights(
     """
     link = Link(process_group, hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
 
-    def check() -> tuple[api._Call, list[int] | None]:
-        call = api._prepare(hidden, cu_seqlens, mask, group_ids, labels, config, backend)
-        api._check_values(call, config)
+    def check() -> tuple[Batch, list[int] | None]:
+        check_config(config)
+        batch = Batch.of(
+            hidden, cu_seqlens=cu_seqlens, mask=mask, group_ids=group_ids, labels=labels
+        )
+        backends.choose(backend, hidden.device, config.distance)
+        batch.check_values()
         if not isinstance(weighting, Weighting):
             raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
         if sample_ids is None:
-            return call, None
-        return call, as_integers("sample_ids", sample_ids, call.labels.shape[0]).tolist()
+            return batch, None
+        ids = as_integers("sample_ids", sample_ids, batch.labels.shape[0])
+        return batch, ids.long().tolist()
 
-    call, ids = link.agree(check)
-    states, offsets = call.packed.hidden.detach(), call.packed.cu_seqlens.tolist()
-    batch = len(offsets) - 1
+    batch, ids = link.agree(check)
+    rows, states, offsets = batch.rows(), batch.hidden.detach(), batch.cu_seqlens.tolist()
     settings = repr((config, weighting, step, backend, ids is None))
-    dim, dtype, before = _same_everywhere(link, states, batch, settings)
-    groups = _groups(link, call, ids if ids is not None else range(before, before + batch))
+    dim, dtype, before = _same_everywhere(link, states, len(rows), settings)
+    groups = _groups(link, rows, range(before, before + len(rows)) if ids is None else ids)
     mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
     owners = _owners(mixed, link.size)
 
     def states_of(rollout: _Rollout) -> Tensor:
         return states[offsets[rollout.place] : offsets[rollout.place + 1]]
 
-    travelling = [r for g in mixed for r in mixed[g] if r.rank != owners[g]]
-    arrived, states_sent = link.exchange(
-        [Move(r, r.tokens, r.rank, owners[r.group]) for r in travelling],
-        states_of, dim, dtype,
-    )  # fmt: skip
+    to_owner = [
+        Move(key=r, rows=r.tokens, source=r.rank, target=owners[group])
+        for group, members in mixed.items()
+        for r in members
+        if r.rank != owners[group]
+    ]
+    arrived, states_sent = link.exchange(to_owner, states_of, columns=dim, dtype=dtype)
 
     def compute() -> dict[_Rollout, Tensor]:
         found: dict[_Rollout, Tensor] = {}
@@ -127,28 +143,33 @@ def span_weights(
                 config=config,
                 backend=backend,
             )
-            found.update(
-                zip(members, torch.split(weighting.apply(weights, step), lengths), strict=True)
-            )
+            parts = torch.split(weighting.apply(weights, step), lengths)
+            found.update(zip(members, parts, strict=True))
         return found
 
     computed = link.agree(compute)
     returned, weights_sent = link.exchange(
-        [Move(r, r.tokens, owners[r.group], r.rank) for r in travelling],
-        lambda rollout: computed[rollout][:, None], 1, torch.float32,
-    )  # fmt: skip
+        [move.back() for move in to_owner],
+        lambda rollout: computed[rollout][:, None],
+        columns=1,
+        dtype=torch.float32,
+    )
     weights = torch.ones(offsets[-1], dtype=torch.float32, device=states.device)
     for rollout in (r for members in mixed.values() for r in members if r.rank == link.rank):
         value = computed[rollout] if rollout in computed else returned[rollout][:, 0]
         weights[offsets[rollout.place] : offsets[rollout.place + 1]] = value
     return GroupWeights(
-        call.packed.restore(weights, fill=1.0), states_sent, weights_sent, len(groups), len(mixed)
+        weights=batch.restore(weights),
+        states_sent=states_sent,
+        weights_sent=weights_sent,
+        groups=len(groups),
+        mixed_groups=len(mixed),
     )
 
 
 def mixed_groups(
-    group_ids: api.Integers,
-    labels: api.Integers,
+    group_ids: Integers,
+    labels: Integers,
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> set[int]:
@@ -167,11 +188,11 @@ def mixed_groups(
     link = Link(process_group, torch.device("cpu"))
 
     def check() -> list[list[int]]:
-        groups = as_integers("group_ids", group_ids).tolist()
-        truth = as_integers("labels", labels, len(groups)).tolist()
+        groups = as_integers("group_ids", group_ids).long().tolist()
+        truth = as_integers("labels", labels, len(groups)).long().tolist()
         if unknown := [label for label in truth if label not in (1, 0, -1)]:
             raise ValueError(f"labels must be 1, 0 or -1, got {unknown[0]}")
-        return [[int(group), int(label)] for group, label in zip(groups, truth, strict=True)]
+        return [[group, label] for group, label in zip(groups, truth, strict=True)]
 
     pairs = link.agree(check)
     seen = {(group, label) for part in link.gather(pairs, 2) for group, label in part}
@@ -179,40 +200,37 @@ def mixed_groups(
 
 
 def _same_everywhere(
-    link: Link, states: Tensor, batch: int, settings: str
+    link: Link, states: Tensor, rollouts: int, settings: str
 ) -> tuple[int, torch.dtype, int]:
     """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
-    own = [batch, states.shape[1], STATE_DTYPES.index(states.dtype), zlib.crc32(settings.encode())]
-    ranks = [row for (row,) in link.gather([own], 4)]
-    if any(row[3] != ranks[0][3] for row in ranks):
+    own = _Form(
+        rollouts=rollouts,
+        dim=states.shape[1],
+        dtype=STATE_DTYPES.index(states.dtype),
+        settings=zlib.crc32(settings.encode()),
+    )
+    ranks = [_Form(*row) for (row,) in link.gather([own], len(own))]
+    if len({form.settings for form in ranks}) > 1:
         raise ValueError(
             "config, weighting, step, backend and the presence of sample_ids must be the same on "
             f"all ranks, got others than these on some rank: {settings}"
         )
-    forms = {tuple(row[1:3]) for row in ranks if row[0]} or {tuple(own[1:3])}
+    # a rank without rollouts may have states of any form
+    forms = {(form.dim, form.dtype) for form in ranks if form.rollouts} or {(own.dim, own.dtype)}
     if len(forms) > 1:
         seen = ", ".join(f"({dim}, {STATE_DTYPES[code]})" for dim, code in sorted(forms))
         raise ValueError(f"hidden must have one d and one dtype on all ranks, got {seen}")
     ((dim, code),) = forms
-    return dim, STATE_DTYPES[code], sum(row[0] for row in ranks[: link.rank])
+    return dim, STATE_DTYPES[code], sum(form.rollouts for form in ranks[: link.rank])
 
 
-def _groups(
-    link: Link, call: api._Call, sample_ids: list[int] | range
-) -> dict[int, list[_Rollout]]:
+def _groups(link: Link, rows: list[Row], sample_ids: Sequence[int]) -> dict[int, list[_Rollout]]:
     """Rollouts of all ranks by group, groups and rollouts in the order of their ids."""
-    columns = zip(
-        call.group_ids.tolist(),
-        sample_ids,
-        (int(label) for label in call.labels.tolist()),
-        call.packed.cu_seqlens.diff().tolist(),
-        strict=True,
-    )
-    gathered = link.gather([list(row) for row in columns], 4)
+    own = [(*row, sample) for row, sample in zip(rows, sample_ids, strict=True)]
     rollouts = sorted(
-        _Rollout(group, sample, label, tokens, rank, place)
-        for rank, rows in enumerate(gathered)
-        for place, (group, sample, label, tokens) in enumerate(rows)
+        _Rollout(group, sample, label=label, tokens=tokens, rank=rank, place=place)
+        for rank, of_rank in enumerate(link.gather(own, columns=4))
+        for place, (group, label, tokens, sample) in enumerate(of_rank)
     )
     groups: dict[int, list[_Rollout]] = {}
     for rollout in rollouts:

@@ -21,6 +21,10 @@ class Move(NamedTuple, Generic[Key]):
     source: int
     target: int
 
+    def back(self) -> Move[Key]:
+        """Return the move in the other direction."""
+        return self._replace(source=self.target, target=self.source)
+
 
 class Link:
     """The collectives of a process group that regrouping needs, on any backend.
@@ -116,10 +120,14 @@ class Link:
             sum(move.rows for move in coming), columns, dtype=dtype, device=self.wire
         )
         dist.all_to_all_single(
-            arrived.view(torch.uint8),  # every backend knows bytes
-            sent.view(torch.uint8),
-            [sum(m.rows for m in coming if m.source == r) for r in range(self.size)],
-            [sum(m.rows for m in leaving if m.target == r) for r in range(self.size)],
+            output=arrived.view(torch.uint8),  # every backend knows bytes
+            input=sent.view(torch.uint8),
+            output_split_sizes=[
+                sum(move.rows for move in coming if move.source == r) for r in range(self.size)
+            ],
+            input_split_sizes=[
+                sum(move.rows for move in leaving if move.target == r) for r in range(self.size)
+            ],
             group=self.group,
         )
         parts = torch.split(arrived.to(self.device), [move.rows for move in coming])

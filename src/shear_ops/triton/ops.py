@@ -1,7 +1,7 @@
 """The operators of torch.ops.shear in Triton, with the arguments of their schemas (csrc/ops.cpp).
 
 The checks here keep memory safe for callers of torch.ops; the typed errors of the Python functions
-come from checks.py.
+come from ops/batch.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..ops.checks import OP_INTEGER_DTYPES, STATE_DTYPES, capturing
+from ..ops.batch import OP_INTEGER_DTYPES, STATE_DTYPES, capturing
 from . import bounds
 from . import sinkhorn as solver
 from .nearest import Pairs
