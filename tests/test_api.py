@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 import shear_ops
 from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
-from shear_ops import SpanConfig
+from shear_ops import _C, HiddenBank, SpanConfig, distributed
 from shear_ops.ops import backends
 
 config = SpanConfig(**CONFIG)
@@ -238,6 +240,33 @@ def test_errors(
             )
 
 
+OF_VALUES = (
+    "cu_seqlens must start", "cu_seqlens must not decrease", "cu_seqlens must end",
+    "labels must be 1, 0 or -1",
+)  # fmt: skip
+VALUE_ERRORS = [(message, change) for _, message, change in ERRORS if message.startswith(OF_VALUES)]
+
+
+@pytest.mark.parametrize(("message", "change"), VALUE_ERRORS)
+def test_every_caller_checks_values_in_the_same_words(message: str, change: dict[str, Any]) -> None:
+    assert len(VALUE_ERRORS) == 6
+    given = {**arguments(), **change}
+    integers = (torch.as_tensor(given[name]) for name in ("cu_seqlens", "group_ids", "labels"))
+    calls = [
+        lambda: torch.ops.shear.span_weights(given["hidden"], *integers),
+        lambda: shear_ops.span_weights(**given),
+        lambda: shear_ops.span_weights(**given, backend="reference"),
+        lambda: distributed.span_weights(**given),
+        lambda: HiddenBank().add(**given, sample_ids=range(5)),
+    ]
+    texts = set()
+    for call in calls:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        texts.add(str(error.value))
+    assert len(texts) == 1
+
+
 MASK = torch.ones(5, 9, dtype=torch.bool)
 MASK_ERRORS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "mask must be a torch.Tensor, got list", [[1]]),
@@ -283,6 +312,17 @@ def test_config_errors(error: type[Exception], message: str, fields: dict[str, A
         SpanConfig(**fields)
 
 
+def test_names_become_the_enumerators_of_the_operators() -> None:
+    assert list(_C.CHOICES) == [
+        name for name, value in vars(SpanConfig()).items() if isinstance(value, str)
+    ]
+    for name, choices in _C.CHOICES.items():
+        seen = [SpanConfig(**{name: choice}).op_arguments()[name] for choice in choices]
+        assert seen == list(range(len(choices)))
+    # no enumerator of another distance
+    assert SpanConfig(distance="exact").op_arguments()["distance"] == len(_C.CHOICES["distance"])
+
+
 def test_config_is_frozen() -> None:
     with pytest.raises(AttributeError):
         config.span = 3  # type: ignore[misc]
@@ -293,6 +333,8 @@ SINKHORN_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "give either cost, or both x and y", {"cost": None}),
     (ValueError, "give either cost, or both x and y", {"x": torch.zeros(2, 3, 1)}),
     (ValueError, "give either cost, or both x and y", {"cost": None, "x": torch.zeros(2, 3, 1)}),
+    (ValueError, "give either cost, or both x and y", {"cost": None, "y": torch.zeros(2, 3, 1)}),
+    (ValueError, "give either cost, or both x and y", {"x": torch.zeros(2, 3, 1), "y": torch.zeros(2, 4, 1)}),
     (TypeError, "cost must be float32, float16 or bfloat16, got torch.float64", {"cost": COST.double()}),
     (ValueError, "cost must be 2-d or 3-d", {"cost": COST[0, 0]}),
     (ValueError, "cost must have at least one", {"cost": COST[:, :0]}),
@@ -340,3 +382,28 @@ def test_every_backend_says_why_it_is_missing() -> None:
     assert status["cpu"] is None
     for name, reason in status.items():
         assert reason is None or len(reason) > 10, name
+
+
+SOURCES = Path(shear_ops.__file__).parent
+
+
+@pytest.mark.parametrize(
+    "source", sorted(SOURCES.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCES))
+)
+def test_no_module_uses_private_names_of_another(source: Path) -> None:
+    """_C is the compiled module, and names with one underscore stay in their file."""
+    nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+    imported = {
+        alias.asname or alias.name: alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.level
+        for alias in node.names
+    }
+    private = [name for name in imported.values() if name.startswith("_") and name != "_C"]
+    private += [
+        f"{node.value.id}.{node.attr}"
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id in imported and node.attr.startswith("_") and node.attr != "__file__"
+    ]
+    assert private == []

@@ -164,18 +164,27 @@ def test_bytes_over_the_wire(labels: list[int], tokens: int, dim: int, weigh: bo
     assert [counts[:2] for counts in one_label] == [(0, 0)] * size
 
 
-def test_whole_groups_stay_where_they_are() -> None:
-    held = {
-        g: [distributed._Rollout(g, i, i % 2, 50 + g, g % 2, i) for i in range(4)] for g in range(6)
+def groups_on(ranks: dict[int, list[int]], tokens: dict[int, int]) -> dict[int, list[Any]]:
+    """Groups with alternating labels, by the rank that holds each rollout."""
+    return {
+        group: [
+            distributed._Rollout(
+                group=group, sample=i, label=i % 2, tokens=tokens[group], rank=rank, place=0
+            )
+            for i, rank in enumerate(holders)
+        ]
+        for group, holders in ranks.items()
     }
-    assert distributed._owners(held, 2) == {g: g % 2 for g in range(6)}
+
+
+def test_whole_groups_stay_where_they_are() -> None:
+    ranks, tokens = {g: [g % 2] * 4 for g in range(6)}, {g: 50 + g for g in range(6)}
+    assert distributed._owners(groups_on(ranks, tokens), 2) == {g: g % 2 for g in range(6)}
 
 
 def test_owners_share_the_work() -> None:
-    held = {
-        g: [distributed._Rollout(g, i, i % 2, 50, i % 4, g) for i in range(4)] for g in range(8)
-    }
-    owners = list(distributed._owners(held, 4).values())
+    ranks, tokens = {g: [0, 1, 2, 3] for g in range(8)}, dict.fromkeys(range(8), 50)
+    owners = list(distributed._owners(groups_on(ranks, tokens), 4).values())
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

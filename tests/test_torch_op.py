@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch.library import opcheck
 
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments, padded
-from shear_ops import SpanConfig
+from shear_ops import SpanConfig, reference
+from shear_ops.ops.torch_op import span_count
 
 OPS = torch.ops.shear
 
@@ -52,6 +54,30 @@ def test_opcheck(name: str, case: str) -> None:
 def test_opcheck_pair_distances(dtype: torch.dtype, tokens: int) -> None:
     x, y = torch.randn(tokens, 6).to(dtype), permuted(torch.randn(21, 6)).to(dtype)
     opcheck(OPS.pair_distances.default, (x, y), CONFIG)
+
+
+LENGTHS = (0, 1, 2, 3, 5, 15, 16, 17, 20, 21, 22, 99, 100, 101, 125, 126, 200, 1000)
+SPANS = ((1, 1), (2, 1), (2, 2), (16, 1), (16, 5), (16, 16), (100, 7), (100, 25), (2**30, 2**30))
+
+
+@pytest.mark.parametrize(("span", "stride"), SPANS)
+def test_fake_kernels_count_spans_as_the_others_do(span: int, stride: int) -> None:
+    config = SpanConfig(span=span, stride=stride, distance="chamfer")
+    wanted = {tokens: len(reference.spans(tokens, span, stride)) for tokens in LENGTHS}
+    assert {tokens: span_count(tokens, span, stride) for tokens in LENGTHS} == wanted
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    rollouts = len(LENGTHS)
+    found = shear_ops.span_distances(
+        torch.zeros(int(offsets[-1]), 2), cu_seqlens=offsets, group_ids=[0] * rollouts,
+        labels=[1] * rollouts, config=config,
+    )  # fmt: skip
+    assert found.rollout.bincount(minlength=rollouts).tolist() == list(wanted.values())
+    for rows, columns in product((0, 1, 16, 17, 101), (0, 22)):
+        x, y = torch.ones(rows, 2), torch.ones(columns, 2)
+        matrix = shear_ops.pair_distances(x, y, config=config)
+        assert matrix.shape == (wanted[rows], wanted[columns])
+        faked = OPS.pair_distances(x.to("meta"), y.to("meta"), span=span, stride=stride)
+        assert faked.shape == matrix.shape
 
 
 @pytest.mark.parametrize("batch", [0, 3])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-# The position of a name is its enumerator in csrc/problem.h.
+from . import _C
+
+# By field of SpanConfig. The position of a name is its enumerator in csrc/problem.h; what only the
+# reference computes has none and comes after them.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "reg_unit": ("mean_norm", "cost"),
-    "distance": ("sinkhorn", "chamfer", "mmd", "cosine", "exact"),
-    "normalization": ("group", "rollout"),
-    "pooling": ("max", "mean"),
-    "aggregation": ("min", "mean"),
+    **_C.CHOICES,
+    "distance": (*_C.CHOICES["distance"], "exact"),
 }
 
 

@@ -170,11 +170,7 @@ def _rollouts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Rollouts:
     first_wrong = tensors.get("first_wrong")
     if first_wrong is not None:
         first_wrong = first_wrong.long()
-        _want(first_wrong.shape == (batch,), "first_wrong", _shape(first_wrong), f"({batch},)")
-        lengths = packed.cu_seqlens.diff().tolist()
-        for i, (first, length) in enumerate(zip(first_wrong.tolist(), lengths, strict=True)):
-            seen = f"{first} for rollout {i} of {length} tokens"
-            _want(-1 <= first < max(length, 0), "first_wrong", seen, "-1 or inside the rollout")
+        _check_first_wrong(first_wrong, packed.cu_seqlens.diff().tolist())
     vocabulary, prompts = _texts(metadata, "vocabulary"), _texts(metadata, "prompts")
     _want(len(prompts) in (0, batch), "metadata prompts", f"{len(prompts)} texts", f"{batch} texts")
     if tokens is not None:
@@ -218,6 +214,14 @@ def _check_layout(tensors: dict[str, Tensor], batch: int) -> None:
     if tokens is not None:
         wanted = (len(hidden),) if mask is None else tuple(mask.shape)
         _want(tokens.shape == wanted, "tokens", _shape(tokens), str(wanted))
+
+
+def _check_first_wrong(first_wrong: Tensor, lengths: list[int]) -> None:
+    batch = len(lengths)
+    _want(first_wrong.shape == (batch,), "first_wrong", _shape(first_wrong), f"({batch},)")
+    for i, (first, length) in enumerate(zip(first_wrong.tolist(), lengths, strict=True)):
+        seen = f"{first} for rollout {i} of {length} tokens"
+        _want(first == -1 or 0 <= first < length, "first_wrong", seen, "-1 or inside the rollout")
 
 
 def _want(ok: bool, name: str, seen: object, wanted: str) -> None:

@@ -82,13 +82,12 @@ class Batch(NamedTuple):
 
         For those who read the values themselves. Operators check what they are given.
         """
-        _C.plan(
+        _C.check_batch(
             self.cu_seqlens.tolist(),
             self.group_ids.tolist(),
             self.labels.tolist(),
             tokens=self.hidden.shape[0],
-            dim=1, span=100, stride=25, distance=0, threads=1,
-        )  # fmt: skip
+        )
         return self
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
