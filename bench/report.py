@@ -46,15 +46,15 @@ def refuse_quick(records: dict[str, Record]) -> None:
 
 
 def readme_block(records: dict[str, Record]) -> str:
-    """Targets and plots, for the README."""
-    parts = [targets(records)]
-    for name, record in records.items():
-        plots = " ".join(
-            f"![{plot} on {record['device']['name']}](bench/results/{name}-{plot}.svg)"
-            for plot in plots_of(record)
-        )
-        parts.append(plots)
-    return "\n\n".join(part for part in parts if part)
+    """Some targets and one plot, for the README."""
+    plots = [plot for name, r in records.items() for plot in plot_links(name, r, "bench/results")]
+    return "\n\n".join([targets(records, in_readme=True), *plots[:1]])
+
+
+def plot_links(name: str, record: Record, folder: str) -> list[str]:
+    """Return Markdown that shows the plots of a record."""
+    device = record["device"]["name"]
+    return [f"![{plot} on {device}]({folder}/{name}-{plot}.svg)" for plot in plots_of(record)]
 
 
 def plots_of(record: Record) -> list[str]:
@@ -70,7 +70,9 @@ def plots_of(record: Record) -> list[str]:
 
 def details_block(records: dict[str, Record]) -> str:
     """All that the records say, for bench/README.md."""
-    return "\n\n".join(details(record) for record in records.values()) or "Not measured yet."
+    plots = [" ".join(plot_links(name, record, "results")) for name, record in records.items()]
+    parts = [targets(records), *plots, *(details(record) for record in records.values())]
+    return "\n\n".join(part for part in parts if part)
 
 
 def put_block(text: str, block: str) -> str:

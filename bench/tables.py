@@ -24,8 +24,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
-def targets(records: dict[str, Record]) -> str:
-    """One table per kind of device: targets against the record of every device of that kind."""
+def targets(records: dict[str, Record], *, in_readme: bool = False) -> str:
+    """One table per kind of device: targets against the record of every device of that kind.
+
+    in_readme: only those that the README shows.
+    """
     parts = []
     for kind, title in KINDS.items():
         of_kind = [r for r in records.values() if r["device"]["kind"] == kind]
@@ -33,7 +36,7 @@ def targets(records: dict[str, Record]) -> str:
         rows = [
             [t.what, _wanted(t), *([_cell(t, r) for r in of_kind] or [NOT_YET])]
             for t in TARGETS
-            if t.kind == kind
+            if t.kind == kind and t.in_readme >= in_readme
         ]
         parts.append(table([f"on a {title}", "target", *names], rows))
     return "\n\n".join(parts)
