@@ -14,8 +14,7 @@ constexpr Budget kBudget{.chunk_bytes = kDeviceChunkBytes, .bytes_per_pair = 16}
 constexpr int64_t kScratchBytes = int64_t{96} << 20;  // where K of wide pairs is in global memory
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// Of a number that a table has room for: problem and plan stay far below 2^31 of anything but
-// tokens.
+// To a field of the tables.
 int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
 
 // Sets the section's offset and goes on behind it.

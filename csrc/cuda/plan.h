@@ -59,8 +59,8 @@ struct Grid {
   int64_t shared_bytes = 0;  // dynamic
 };
 
-// Solvers by the longest span: tiles.h. The choice follows the configuration alone, so
-// that a pair's distance does not depend on the other rollouts of the call.
+// Solvers by the longest span: tiles.h. The choice follows the configuration alone, so that a
+// pair's distance does not depend on the other rollouts of the call.
 enum class Solver : int { k32, k64, k100, k128, kWide };
 
 // The kernel of the pairs of one call or batch, and its persistent grid.
