@@ -22,7 +22,7 @@ RECORD = ROOT / "bench" / "sass.json"
 SOURCES = ("sinkhorn", "token_cost")
 FLAGS = [
     "-O3",
-    "-std=c++17",
+    "-std=c++20",
     "-DUSE_CUDA",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-Xptxas",

@@ -11,7 +11,7 @@
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/plan.h"
-#include "device_plan.h"
+#include "cuda/plan.h"
 #include "problem.h"
 #include "solve.h"
 #include "token_cost.h"
@@ -156,15 +156,15 @@ py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int
 }
 
 py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
-                     const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
+                     const std::vector<int64_t>& labels, int64_t span, int64_t stride,
                      int64_t distance, int64_t tokens, int64_t processors, int64_t shared_bytes) {
   const shear::Config config =
       shear::make_config({.span = span, .stride = stride, .distance = distance});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
-  const shear::DevicePlan plan =
-      shear::make_device_plan(problem, config, dim, {processors, shared_bytes});
+  const shear::cuda::DevicePlan plan = shear::cuda::make_device_plan(
+      problem, config, {.processors = processors, .shared_bytes = shared_bytes});
   py::list chunks;
-  for (const shear::DeviceChunk& chunk : plan.chunks) {
+  for (const shear::cuda::DeviceChunk& chunk : plan.chunks) {
     py::dict entry;
     entry["blocks"] = chunk.blocks;
     entry["cost_tiles"] = chunk.cost_tiles;
@@ -177,10 +177,10 @@ py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<i
   out["chunks"] = chunks;
   out["large_tiles"] = plan.large_tiles;
   out["solver"] = static_cast<int>(plan.solver.solver);
-  out["solver_grid"] = plan.solver.grid;
-  out["solver_threads"] = plan.solver.threads;
-  out["solver_shared_bytes"] = plan.solver.shared_bytes;
-  out["scratch_bytes"] = 4 * plan.solver.grid * plan.solver.scratch_floats;
+  out["solver_grid"] = plan.solver.grid.ctas;
+  out["solver_threads"] = plan.solver.grid.threads;
+  out["solver_shared_bytes"] = plan.solver.grid.shared_bytes;
+  out["scratch_bytes"] = plan.solver.scratch_bytes();
   out["table_bytes"] = plan.workspace.tables;
   out["workspace_bytes"] = plan.workspace.bytes;
   return out;
@@ -212,6 +212,6 @@ PYBIND11_MODULE(_C, m) {
         py::kw_only(), py::arg("span"), py::arg("stride"), py::arg("distance"), py::arg("tokens"),
         py::arg("bytes_per_pair"));
   m.def("device_plan", &device_plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
-        py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
-        py::arg("tokens"), py::arg("processors"), py::arg("shared_bytes"));
+        py::kw_only(), py::arg("span"), py::arg("stride"), py::arg("distance"), py::arg("tokens"),
+        py::arg("processors"), py::arg("shared_bytes"));
 }

@@ -10,7 +10,7 @@ from bench import sass
 from shear_ops.ops import cuda
 
 WHOLE = json.loads(sass.RECORD.read_text(encoding="utf-8"))
-STATIC_SHARED_BYTES = 256  # kStaticSharedBytes in csrc/cuda/launch.h
+STATIC_SHARED_BYTES = 256  # kStaticSharedBytes in csrc/cuda/tiles.h
 RECORD, TOOLKIT = WHOLE["kernels"], WHOLE["toolkit"]
 
 

@@ -1,5 +1,5 @@
-"""The CUDA backend on a CPU: its kernels, launches and operators compiled by g++ through the
-emulation of tests/emulated_cuda.h, as torch.ops.shear_emulated, with chunks of 64 KiB."""
+"""The CUDA backend on a CPU: its kernels and operators compiled by g++, with the headers of
+tests/emulated before those of csrc, as torch.ops.shear_emulated, with chunks of 64 KiB."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     *(f"csrc/cuda/{name}.cu" for name in ("span_weights", "pipeline", "token_cost", "sinkhorn")),
-    *(f"csrc/{name}.cpp" for name in ("problem", "chunks", "device_plan")),
-    "tests/emulated_cuda.cpp",
+    *(f"csrc/{name}.cpp" for name in ("problem", "chunks", "cuda/plan")),
+    "tests/emulated/order.cpp",
 ]
 DEFINITIONS = torch.library.Library("shear_emulated", "DEF")
 NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
@@ -47,13 +47,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     out = tmp_path_factory.mktemp("emulated")
     torch_dir = Path(torch.__file__).parent
     flags = (
-        f"-x c++ -O2 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Werror "
-        f"-Wno-unknown-pragmas -DSHEAR_EMULATED -DSHEAR_DEVICE_CHUNK_BYTES=65536 "
-        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc -Itests -isystem {torch_dir}/include"
+        f"-x c++ -O2 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Werror "
+        f"-Wno-unknown-pragmas -DSHEAR_DEVICE_CHUNK_BYTES=65536 "
+        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -Itests/emulated -Icsrc "
+        f"-isystem {torch_dir}/include"
     ).split()
 
     def compile_one(source: str) -> str:
-        target = str(out / f"{Path(source).name}.o")
+        target = str(out / f"{source.replace('/', '_')}.o")
         subprocess.run([compiler, *flags, "-c", source, "-o", target], cwd=ROOT, check=True)
         return target
 

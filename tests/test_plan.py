@@ -110,21 +110,20 @@ def test_memory_of_a_call_stays_within_the_plan(tokens: int, rollouts: int, stri
 H100 = {"processors": 132, "shared_bytes": 232_448 - 256}  # less what is static
 
 
-def device_group(rollouts: int, tokens: int, dim: int, *, groups: int = 1, span: int = 100,
+def device_group(rollouts: int, tokens: int, *, groups: int = 1, span: int = 100,
                  stride: int = 25, distance: int = 0) -> dict[str, Any]:  # fmt: skip
     batch = rollouts * groups
     return _C.device_plan(
         [i * tokens for i in range(batch + 1)],
         [i // rollouts for i in range(batch)],
         [i % 2 for i in range(batch)],
-        dim=dim, span=span, stride=stride, distance=distance, tokens=batch * tokens, **H100,
+        span=span, stride=stride, distance=distance, tokens=batch * tokens, **H100,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dim", [64, 3584, 16_384])
 @pytest.mark.parametrize("tokens", [1, 100, 101, 3000, 32_768, 131_072])
-def test_device_plan_is_bounded(tokens: int, dim: int) -> None:
-    seen = device_group(2 if tokens > 32_768 else 8, tokens, dim)
+def test_device_plan_is_bounded(tokens: int) -> None:
+    seen = device_group(2 if tokens > 32_768 else 8, tokens)
     assert seen["workspace_bytes"] <= 1.125 * GIB
     assert seen["solver_shared_bytes"] <= H100["shared_bytes"]
     assert 1 <= seen["solver_grid"] <= 4 * H100["processors"]
@@ -139,7 +138,7 @@ def test_device_plan_is_bounded(tokens: int, dim: int) -> None:
 @pytest.mark.parametrize("groups", [1, 100, 10_000])
 def test_device_plan_of_many_groups(groups: int) -> None:
     """Small groups share launches: as many as fit a chunk, with small tiles."""
-    seen = device_group(2, 120, 256, groups=groups)
+    seen = device_group(2, 120, groups=groups)
     assert len(seen["chunks"]) <= 1 + groups // 8000
     assert not seen["large_tiles"]
     assert sum(chunk["cost_tiles"] for chunk in seen["chunks"]) == groups
@@ -148,7 +147,7 @@ def test_device_plan_of_many_groups(groups: int) -> None:
 
 
 def test_device_plan_of_the_paper_group() -> None:
-    seen = device_group(8, 3000, 3584)
+    seen = device_group(8, 3000)
     (chunk,) = seen["chunks"]
     assert seen["large_tiles"]
     assert chunk["cost_tiles"] == 16 * -(-3000 // 256) * -(-3000 // 128)
@@ -163,7 +162,7 @@ def test_device_plan_of_the_paper_group() -> None:
 def test_device_solver_follows_the_span(span: int, solver: int) -> None:
     """Not the lengths of the rollouts at hand: distances must not depend on others in the call."""
     for tokens in (10, 300, 5000):
-        seen = device_group(2, tokens, 64, span=span, stride=span)
+        seen = device_group(2, tokens, span=span, stride=span)
         assert seen["solver"] == solver
         assert seen["solver_shared_bytes"] <= H100["shared_bytes"]
         assert seen["scratch_bytes"] <= 96 * 2**20
@@ -172,6 +171,6 @@ def test_device_solver_follows_the_span(span: int, solver: int) -> None:
 
 def test_device_refuses_longer_spans() -> None:
     with pytest.raises(ValueError, match="span must be at most 4096 for backend 'cuda'"):
-        device_group(2, 5000, 64, span=5000, stride=100)
-    assert device_group(2, 100, 64, span=5000, stride=100)["solver"] == 4
-    assert device_group(2, 5000, 64, span=5000, stride=100, distance=1)["chunks"]
+        device_group(2, 5000, span=5000, stride=100)
+    assert device_group(2, 100, span=5000, stride=100)["solver"] == 4
+    assert device_group(2, 5000, span=5000, stride=100, distance=1)["chunks"]

@@ -1,6 +1,7 @@
 // The problems of shear::sinkhorn: bounds max(R, Q) of cost matrices that are given.
 #pragma once
 #include "cuda/call.cuh"
+#include "cuda/pairs.cuh"
 
 namespace shear::cuda {
 

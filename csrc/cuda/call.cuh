@@ -1,10 +1,11 @@
 // One call as the kernels see it: the tables of its plan, its one allocation, and the chunk at
 // hand.
 #pragma once
-#include "cuda/device.h"
-#include "cuda/solve.cuh"
+#include "cuda/constants.cuh"
+#include "cuda/plan.h"
 #include "cuda/state_words.cuh"
 #include "cuda/tiles.h"
+#include "spans.h"
 
 namespace shear::cuda {
 
@@ -54,18 +55,21 @@ struct SpanOutputs {
   int64_t* counts;  // (kCounts)
 };
 
-__device__ __forceinline__ int64_t global_thread() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
-
 // False: all states are zero, or not finite with the check off. Such a group is not computed.
 __device__ __forceinline__ bool has_scale(const Call& call, int group) {
   const double norm = call.group_norm[group];
   return norm > 0 && norm < __builtin_huge_val();
 }
 
-__device__ __forceinline__ int size_of_span(const Call& call, int64_t tokens, int64_t begin) {
-  return static_cast<int>(min(call.span_tokens, tokens - begin));
+// The tokens of span k of `tokens` tokens.
+__device__ __forceinline__ int size_of_span(const Call& call, int64_t tokens, int64_t k) {
+  return static_cast<int>(span_size(k, tokens, call.span_tokens, call.stride));
+}
+
+// What a span has found before it looks.
+__device__ __forceinline__ DeviceNearest nothing_found() {
+  return {
+      .distance = kInfinity, .residual = 0.f, .iterations = 0, .span = -1, .sum = 0., .count = 0};
 }
 
 }  // namespace shear::cuda

@@ -1,14 +1,11 @@
 // What the kernels take from the hardware beyond CUDA C++: fast functions, asynchronous copies and
-// matrix instructions. With SHEAR_EMULATED the same names, and the CUDA words of the kernels, come
-// from tests/emulated_cuda.h in plain C++, so that the kernels run on a machine without a GPU.
+// matrix instructions. tests/emulated has a header of this name in plain C++: found first on the
+// include path, it lets the kernels run on a machine without a GPU.
 #pragma once
-#include <cstdint>
-
-#ifdef SHEAR_EMULATED
-#include "emulated_cuda.h"
-#else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 namespace shear::cuda {
 
@@ -20,11 +17,6 @@ __device__ __forceinline__ float fast_exp2(float x) {
 __device__ __forceinline__ float fast_log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float fast_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 __device__ __forceinline__ float half_value(uint16_t bits) {
@@ -85,55 +77,6 @@ __device__ __forceinline__ uint32_t round_to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
-}
-
-}  // namespace shear::cuda
-#endif
-
-namespace shear::cuda {
-
-__device__ __forceinline__ float bfloat16_value(uint16_t bits) {
-  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-}
-
-constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32;
-
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
-
-template <typename T>
-__device__ __forceinline__ T warp_sum(T x) {
-#pragma unroll
-  for (int d = kWarp / 2; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-  return x;
-}
-
-// The sum over the CTA, to every thread, in one fixed order. `room` has a place per warp.
-template <typename T>
-__device__ __forceinline__ T block_sum(T x, T* room) {
-  x = warp_sum(x);
-  if (lane_id() == 0) room[warp_id()] = x;
-  __syncthreads();
-  T total = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) total += room[w];
-  __syncthreads();
-  return total;
-}
-
-// The last index i in [0, count) with begin(i) <= value; begin does not decrease and begin(0) <=
-// value.
-template <typename Begin>
-__device__ __forceinline__ int last_not_after(int count, int64_t value, const Begin& begin) {
-  int low = 0, high = count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (begin(middle) <= value)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
 }
 
 }  // namespace shear::cuda

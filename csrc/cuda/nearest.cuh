@@ -2,11 +2,12 @@
 // looked at in one order: results do not depend on which were solved first.
 #pragma once
 #include "cuda/call.cuh"
+#include "cuda/pairs.cuh"
 
 namespace shear::cuda {
 
 struct Found {
-  DeviceNearest nearest = {kInfinity, 0.f, 0, -1, 0., 0};
+  DeviceNearest nearest = nothing_found();
 
   // The smaller distance, of equal ones the first span; NaN is kept.
   __device__ __forceinline__ bool is_better(float distance, int span) const {

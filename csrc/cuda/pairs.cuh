@@ -1,7 +1,7 @@
 // One span pair, or one problem of a batch, as the solver sees it.
 #pragma once
-#include "cuda/device.h"
-#include "device_plan.h"
+#include "cuda/plan.h"
+#include "cuda/threads.cuh"
 
 namespace shear::cuda {
 

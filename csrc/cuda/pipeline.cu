@@ -7,6 +7,7 @@
 #include "cuda/nearest.cuh"
 #include "cuda/pipeline.h"
 #include "cuda/queue.cuh"
+#include "cuda/solve.cuh"
 #include "cuda/states.cuh"
 #include "cuda/token_weights.cuh"
 #include "stage.h"
@@ -35,7 +36,7 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
     : stream_(stream), problem_(problem), config_(config), plan_(plan), dtype_(dtype), call_{} {
   const Workspace& w = plan.workspace;
   Call& c = call_;
-  c.states = {states, dim, has_vectors(states, dtype, dim)};
+  c.states = {.data = states, .dim = dim, .vectors = has_vectors(states, dtype, dim)};
   c.tokens = problem.tokens;
   c.spans = static_cast<int64_t>(problem.spans.size());
   c.pairs = plan.plan.pairs;
@@ -103,13 +104,13 @@ void Pipeline::measure_states() const {
 void Pipeline::solve(const Call& call) const {
   const Stage stage("shear::solve");
   SolveArgs args{};
-  args.table = {call.blocks,
-                call.n_blocks,
-                call.span_table,
-                call.group_norm,
-                call.costs,
-                config_.reg,
-                config_.reg_unit == RegUnit::kCost};
+  args.table = {.blocks = call.blocks,
+                .n_blocks = call.n_blocks,
+                .spans = call.span_table,
+                .group_norm = call.group_norm,
+                .costs = call.costs,
+                .reg = config_.reg,
+                .reg_is_cost = config_.reg_unit == RegUnit::kCost};
   args.pairs = call.chunk_pairs;
   args.n_iters = static_cast<int32_t>(config_.n_iters);
   args.tol = static_cast<float>(config_.tol);
@@ -159,7 +160,10 @@ void Pipeline::run(float* matrix) const {
     if (matrix) {
       const int64_t rows = problem_.rollouts[0].span_end;
       stream_.launch("write_matrix", write_matrix, threads_for(chunk.pairs),
-                     MatrixArgs{call, matrix, problem_.rollouts[1].span_end - rows, rows});
+                     MatrixArgs{.call = call,
+                                .matrix = matrix,
+                                .cols = problem_.rollouts[1].span_end - rows,
+                                .first_col = rows});
     }
   }
 }
@@ -167,12 +171,13 @@ void Pipeline::run(float* matrix) const {
 void Pipeline::token_weights(float* weights) const {
   const Stage stage("shear::token_weights");
   stream_.launch("token_weights", cuda::token_weights, threads_for(call_.tokens),
-                 WeightsArgs{call_, weights});
+                 WeightsArgs{.call = call_, .weights = weights});
 }
 
 void Pipeline::span_distances(const SpanOutputs& out) const {
   stream_.launch("write_distances", write_distances,
-                 threads_for(std::max<int64_t>(kCounts, call_.spans)), DistancesArgs{call_, out});
+                 threads_for(std::max<int64_t>(kCounts, call_.spans)),
+                 DistancesArgs{.call = call_, .out = out});
 }
 
 void Pipeline::check_finite() const {
@@ -187,14 +192,14 @@ void Pipeline::check_finite() const {
 void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverPlan& plan) {
   const Stage stage("shear::solve");
   auto* counters = static_cast<Counters*>(batch.counters);
-  PairTable table{};
-  table.costs = batch.costs;
-  table.reg = batch.reg;
-  table.n = batch.n;
-  table.m = batch.m;
-  table.n_rows = batch.n_rows;
-  table.n_cols = batch.n_cols;
-  const BatchArgs begin{table, counters, batch.value, batch.iterations};
+  const PairTable table{.costs = batch.costs,
+                        .reg = batch.reg,
+                        .n = batch.n,
+                        .m = batch.m,
+                        .n_rows = batch.n_rows,
+                        .n_cols = batch.n_cols};
+  const BatchArgs begin{
+      .table = table, .counters = counters, .value = batch.value, .iterations = batch.iterations};
   stream.launch("begin_batch", begin_batch, {1, kThreads}, begin);
   stream.launch("bound_problems", bound_problems, {batch.batch, kThreads}, begin);
   SolveArgs args{};
@@ -214,38 +219,5 @@ void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverP
   stream.read(&bad, &counters->bad_token, sizeof bad);
   if (bad != ~0ull) throw std::invalid_argument("cost must be finite, got NaN or Inf");
 }
-
-#ifndef SHEAR_EMULATED
-
-template <int kWords>
-__global__ void write_words(const UploadArgs<kWords> args) {
-  for (int k = static_cast<int>(threadIdx.x); k < args.words; k += kThreads)
-    args.to[k] = args.word[k];
-}
-
-template <int kWords>
-void Stream::upload_words(uint32_t* to, const char* from, int64_t words) const {
-  UploadArgs<kWords> args;
-  args.to = to;
-  args.words = static_cast<int32_t>(words);
-  std::memcpy(args.word, from, 4 * static_cast<size_t>(words));
-  launch("write_words", write_words<kWords>, {1, kThreads}, args);
-}
-
-void Stream::upload(void* to, const void* from, int64_t bytes) const {
-  constexpr int kFew = 960, kMany = 8184;  // the arguments of a kernel take 4 KiB, or just below 32
-  for (int64_t done = 0, words = bytes / 4; done < words;) {
-    auto* const at = static_cast<uint32_t*>(to) + done;
-    const char* const piece = static_cast<const char*>(from) + 4 * done;
-    const int64_t count = std::min<int64_t>(words - done, kMany);
-    if (count <= kFew)
-      upload_words<kFew>(at, piece, count);
-    else
-      upload_words<kMany>(at, piece, count);
-    done += count;
-  }
-}
-
-#endif
 
 }  // namespace shear::cuda

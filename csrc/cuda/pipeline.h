@@ -7,6 +7,8 @@
 
 namespace shear::cuda {
 
+struct SolveArgs;  // solve.cuh
+
 // Kernels in files of their own.
 void launch_token_costs(const Stream& stream, const Call& call, Dtype dtype, bool large,
                         int64_t tiles);
@@ -51,7 +53,7 @@ struct SinkhornBatch {
   float *value, *residual;
   int32_t* iterations;
   void* counters;  // kCounterBytes
-  float* scratch;  // plan.grid * plan.scratch_floats
+  float* scratch;  // plan.scratch_bytes()
 };
 
 // Waits for the stream. Throws std::invalid_argument on costs that are not finite.

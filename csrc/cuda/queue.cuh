@@ -3,6 +3,7 @@
 // of their spans' distances. The order within a bucket is left to chance: no result depends on it.
 #pragma once
 #include "cuda/call.cuh"
+#include "cuda/pairs.cuh"
 
 namespace shear::cuda {
 

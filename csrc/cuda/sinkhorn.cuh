@@ -153,10 +153,10 @@ class TileEngine {
         if (!has_slot(slot_ + 1)) v.y = 1.f;
         off_ = !(fminf(v.x, v.y) > kDriftLow && fmaxf(v.x, v.y) < kDriftHigh);
         leave = off_;
-        constexpr bool kSecond = T::kThreadCols % 2;
-        if (slot_ == T::kThreadCols - kSecond) {  // the residual came with the sums
-          (kSecond ? v.y : v.x) = kSecond ? sum.y : sum.x;
-          leave |= !((kSecond ? sum.y : sum.x) > least);
+        if (has_residual()) {
+          const float residual = kResidualSlot % 2 == 0 ? sum.x : sum.y;
+          (kResidualSlot % 2 == 0 ? v.x : v.y) = residual;
+          leave |= !(residual > least);
         }
         *reinterpret_cast<float2*>(v_slots_ + slot_) = v;
       }
@@ -164,7 +164,7 @@ class TileEngine {
       read_slots(v_slots_, v_);
       ++it;
     } while (!leave && it < stop);
-    return v_slots_[T::kThreadCols] / static_cast<float>(n_);
+    return v_slots_[kResidualSlot] / static_cast<float>(n_);
   }
 
   // Potentials f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are
@@ -226,6 +226,13 @@ class TileEngine {
   }
 
  private:
+  // The residual, a sum over rows, takes no reduction of its own: behind its columns every lane has
+  // one slot more, where its rows' errors are added up as if they were one more column. Lanes that
+  // share rows have the same errors: the slot of the first column lane has the whole residual. It
+  // is one of the two slots of one thread, the first or the second by its parity.
+  static constexpr int kResidualSlot = T::kThreadCols;
+  __device__ __forceinline__ bool has_residual() const { return slot_ == kResidualSlot / 2 * 2; }
+
   __device__ __forceinline__ int row(int r) const { return first_row_ + r * T::kRowLanes; }
   __device__ __forceinline__ bool has_row(int r) const { return row(r) < n_; }
   __device__ __forceinline__ bool has_slot(int s) const {

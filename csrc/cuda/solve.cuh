@@ -1,16 +1,11 @@
 // The queue of span pairs on a GPU: a CTA takes one after the other and solves it by csrc/solve.h,
 // whose engines are in sinkhorn.cuh and sinkhorn_wide.cuh.
 #pragma once
+#include "cuda/constants.cuh"
 #include "cuda/pairs.cuh"
 #include "solve.h"
 
 namespace shear::cuda {
-
-constexpr float kInfinity = __builtin_huge_valf();
-
-// iterations of a pair: not yet solved, and not yet solved but in the queue of seeds
-constexpr int32_t kUntried = -1, kSeed = -2;
-enum Count : int { kTotal, kBounded, kAbandoned, kSolved, kStopped, kCounts };
 
 struct SolveArgs {
   PairTable table;

@@ -1,8 +1,6 @@
 // torch.ops.shear on a GPU: tensors to plain data and back. Offsets, groups and labels are read on
 // the host, where the plan is made. The checks here keep memory safe for direct callers of
-// torch.ops; the typed errors of the Python functions come from src/shear_ops/checks.py.
-#include <torch/csrc/stable/library.h>
-
+// torch.ops; the typed errors of the Python functions come from src/shear_ops/ops/checks.py.
 #include <exception>
 #include <optional>
 #include <stdexcept>
@@ -10,30 +8,15 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/library.h"
 #include "cuda/pipeline.h"
 #include "tensors.h"
-
-#ifdef SHEAR_EMULATED
-#define SHEAR_LIBRARY shear_emulated
-#define SHEAR_KEY CPU
-#else
-#define SHEAR_LIBRARY shear
-#define SHEAR_KEY CUDA
-#endif
 
 namespace shear::cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-bool on_device(const Tensor& tensor) {
-#ifdef SHEAR_EMULATED
-  return tensor.is_cpu();
-#else
-  return tensor.is_cuda();
-#endif
-}
 
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
@@ -70,7 +53,7 @@ class Operator {
         problem_(make_problem(read_anywhere(stream_, cu_seqlens, "cu_seqlens"),
                               read_anywhere(stream_, group_ids, "group_ids"),
                               read_anywhere(stream_, labels, "labels"), hidden_.size(0), config_)),
-        plan_(make_device_plan(problem_, config_, hidden_.size(1), stream_.device())),
+        plan_(make_device_plan(problem_, config_, stream_.device())),
         workspace_(new_workspace(hidden_, plan_.workspace.bytes)),
         pipeline_(make_pipeline()) {}
 
@@ -81,7 +64,7 @@ class Operator {
         stream_(hidden_.get_device_index()),
         problem_(
             make_problem({0, rows, hidden_.size(0)}, {0, 0}, {1, 0}, hidden_.size(0), config_)),
-        plan_(make_device_plan(problem_, config_, hidden_.size(1), stream_.device())),
+        plan_(make_device_plan(problem_, config_, stream_.device())),
         workspace_(new_workspace(hidden_, plan_.workspace.bytes)),
         pipeline_(make_pipeline()) {}
 
@@ -154,10 +137,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
   Tensor bounds = new_tensor(op.hidden(), {spans, 3}, ScalarType::Long);
   Tensor counts = new_tensor(op.hidden(), {kCounts}, ScalarType::Long);
   op.pipeline().run(nullptr);
-  op.pipeline().span_distances(
-      {distances.mutable_data_ptr<float>(), nearest.mutable_data_ptr<int64_t>(),
-       residual.mutable_data_ptr<float>(), iterations.mutable_data_ptr<int32_t>(),
-       bounds.mutable_data_ptr<int64_t>(), counts.mutable_data_ptr<int64_t>()});
+  op.pipeline().span_distances({.distance = distances.mutable_data_ptr<float>(),
+                                .nearest = nearest.mutable_data_ptr<int64_t>(),
+                                .residual = residual.mutable_data_ptr<float>(),
+                                .iterations = iterations.mutable_data_ptr<int32_t>(),
+                                .spans = bounds.mutable_data_ptr<int64_t>(),
+                                .counts = counts.mutable_data_ptr<int64_t>()});
   op.check_finite();
   return {distances, nearest, residual, iterations, bounds, counts};
 }
@@ -193,7 +178,7 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
 std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optional<Tensor>& n_rows,
                                             const std::optional<Tensor>& n_cols, double reg,
                                             int64_t n_iters, double tol) {
-  const Config config = make_config({/*span=*/1, /*stride=*/1, reg, n_iters, tol});
+  const Config config = make_config({.reg = reg, .n_iters = n_iters, .tol = tol});
   STD_TORCH_CHECK(on_device(cost) && cost.dim() == 3 && cost.scalar_type() == ScalarType::Float,
                   "cost must be a (B, n, m) float32 tensor on the GPU");
   const Tensor costs = torch::stable::contiguous(cost);
@@ -213,17 +198,25 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   if (batch == 0) return {value, residual, iterations};
   const SolverPlan plan = plan_solver(std::max(n, m), n, m, batch, stream.device());
   const int64_t length_bytes = (16 * batch + 255) / 256 * 256;
-  const int64_t scratch_bytes = 4 * plan.grid * plan.scratch_floats;
-  Tensor workspace = new_workspace(costs, kCounterBytes + length_bytes + scratch_bytes);
+  Tensor workspace = new_workspace(costs, kCounterBytes + length_bytes + plan.scratch_bytes());
   char* bytes = static_cast<char*>(workspace.mutable_data_ptr());
   auto* on_gpu = reinterpret_cast<int64_t*>(bytes + kCounterBytes);
   stream.upload(on_gpu, lengths.data(), 16 * batch);
   solve_batch(stream,
-              {costs.const_data_ptr<float>(), batch, n, m, on_gpu, on_gpu + batch, config.reg,
-               static_cast<float>(config.tol), static_cast<int32_t>(config.n_iters),
-               value.mutable_data_ptr<float>(), residual.mutable_data_ptr<float>(),
-               iterations.mutable_data_ptr<int32_t>(), bytes,
-               reinterpret_cast<float*>(bytes + kCounterBytes + length_bytes)},
+              {.costs = costs.const_data_ptr<float>(),
+               .batch = batch,
+               .n = n,
+               .m = m,
+               .n_rows = on_gpu,
+               .n_cols = on_gpu + batch,
+               .reg = config.reg,
+               .tol = static_cast<float>(config.tol),
+               .n_iters = static_cast<int32_t>(config.n_iters),
+               .value = value.mutable_data_ptr<float>(),
+               .residual = residual.mutable_data_ptr<float>(),
+               .iterations = iterations.mutable_data_ptr<int32_t>(),
+               .counters = bytes,
+               .scratch = reinterpret_cast<float*>(bytes + kCounterBytes + length_bytes)},
               plan);
   return {value, residual, iterations};
 }
@@ -231,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
 }  // namespace
 }  // namespace shear::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(SHEAR_LIBRARY, SHEAR_KEY, m) {
+STABLE_TORCH_LIBRARY_IMPL(SHEAR_LIBRARY, SHEAR_DISPATCH_KEY, m) {
   m.impl("span_weights", TORCH_BOX(&shear::cuda::span_weights));
   m.impl("span_distances", TORCH_BOX(&shear::cuda::span_distances));
   m.impl("pair_distances", TORCH_BOX(&shear::cuda::pair_distances));

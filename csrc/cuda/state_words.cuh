@@ -1,6 +1,7 @@
 // Hidden states as numbers: one at a time, 16 bytes at a time, and sums over the dimensions.
 #pragma once
 #include "cuda/device.h"
+#include "cuda/threads.cuh"
 #include "problem.h"
 
 namespace shear::cuda {
@@ -11,6 +12,10 @@ struct States {
   int64_t dim;
   bool vectors;  // every state starts on 16 bytes and is a multiple of them
 };
+
+__device__ __forceinline__ float bfloat16_value(uint16_t bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
 
 template <Dtype kDtype>
 struct StateWords {

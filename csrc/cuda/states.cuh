@@ -1,7 +1,6 @@
 // What is measured once per call from the hidden states alone: where spans are, norms, their means.
 #pragma once
 #include "cuda/call.cuh"
-#include "cuda/state_words.cuh"
 
 namespace shear::cuda {
 
@@ -18,10 +17,12 @@ __global__ void __launch_bounds__(kThreads) begin_call(const Call call) {
   const int i = last_not_after(call.n_rollouts, s,
                                [&](int k) { return int64_t{call.rollouts[k].span_begin}; });
   const DeviceRollout& rollout = call.rollouts[i];
-  const int64_t begin = rollout.begin + (s - rollout.span_begin) * call.stride;
-  call.span_table[s] = {begin, size_of_span(call, rollout.end, begin), i};
+  const int64_t k = s - rollout.span_begin;
+  call.span_table[s] = {.begin = rollout.begin + span_begin(k, call.stride),
+                        .size = size_of_span(call, rollout.end - rollout.begin, k),
+                        .rollout = i};
   call.best[s] = __float_as_uint(kInfinity);
-  call.nearest[s] = {kInfinity, 0.f, 0, -1, 0., 0};
+  call.nearest[s] = nothing_found();
 }
 
 // A warp per token.

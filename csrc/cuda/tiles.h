@@ -53,6 +53,9 @@ struct CostTileShape {
 using LargeCostTile = CostTileShape<4, 2>;
 using SmallCostTile = CostTileShape<2, 2>;
 
+// At most, of any kernel: a CTA's static and dynamic shared memory share the device's limit.
+constexpr int64_t kStaticSharedBytes = 256;
+
 constexpr int kThreads = 256;     // of the kernels without a tile
 constexpr int kSpansPerCta = 32;  // whose nearest spans one CTA finds
 constexpr int kBuckets = 64;      // of the queue of pairs, best first

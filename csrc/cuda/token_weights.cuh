@@ -21,17 +21,16 @@ __global__ void __launch_bounds__(kThreads) token_weights(const WeightsArgs args
     args.weights[t] = 1.f;
     return;
   }
-  const int64_t at = t - rollout.begin, last = rollout.spans - 1;
-  const int64_t from =
-      at < call.span_tokens ? 0 : min(last, (at - call.span_tokens) / call.stride + 1);
+  const int64_t at = t - rollout.begin;
+  const int64_t first = first_covering(at, call.span_tokens, call.stride);
+  const int64_t end = end_covering(at, rollout.spans, call.stride);
   double highest = 0, total = 0;
-  int count = 0;
-  for (int64_t k = from; k <= last && k * call.stride <= at; ++k, ++count) {
+  for (int64_t k = first; k < end; ++k) {
     const double distance = final_distance(call, call.nearest[rollout.span_begin + k]);
     highest = distance <= highest ? highest : distance;  // keeps NaN
     total += distance;
   }
-  const double pooled = call.mean_pooling ? total / count : highest;
+  const double pooled = call.mean_pooling ? total / static_cast<double>(end - first) : highest;
   const double norm = call.rollout_norms ? call.rollout_norm[i] : call.group_norm[rollout.group];
   args.weights[t] = static_cast<float>(pooled == 0 ? 0. : pooled / norm);
 }

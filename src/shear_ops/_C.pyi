@@ -60,7 +60,6 @@ def device_plan(
     group_ids: Sequence[int],
     labels: Sequence[int],
     *,
-    dim: int,
     span: int,
     stride: int,
     distance: int,

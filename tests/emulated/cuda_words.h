@@ -15,11 +15,9 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
-#define __align__(n) alignas(n)
 
 struct alignas(8) float2 {
   float x, y;
@@ -213,10 +211,6 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return exchange_in_warp(value,
                           [&](const auto& at) { return at((emulated::current % 32) ^ mask); });
 }
-template <typename T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return exchange_in_warp(value, [&](const auto& at) { return at(lane); });
-}
 inline unsigned __ballot_sync(unsigned, bool vote) {
   return exchange_in_warp<unsigned>(vote, [](const auto& at) {
     unsigned bits = 0;
@@ -261,100 +255,3 @@ inline uint32_t __float_as_uint(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-
-namespace shear::cuda {
-
-inline float fast_exp2(float x) {
-  const float y = exp2f(x);
-  return y < 0x1p-126f ? 0.f : y;  // .ftz
-}
-inline float fast_log2(float x) { return log2f(std::fabs(x) < 0x1p-126f ? 0.f : x); }
-inline float fast_reciprocal(float x) { return 1.f / x; }
-inline float half_value(uint16_t bits) {
-  _Float16 x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint32_t round_to_tf32(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
-}
-
-inline void* shared_memory() { return emulated::shared; }
-
-inline void check_copy(const void* to, const void* from, uintptr_t bytes) {
-  const auto* p = static_cast<const unsigned char*>(to);
-  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
-    emulated::fail("an asynchronous copy is not aligned");
-  if (p < emulated::shared || p + bytes > emulated::shared + emulated::kSharedBytes)
-    emulated::fail("an asynchronous copy goes outside shared memory");
-}
-inline void copy_async_4(float* to, const float* from) {
-  check_copy(to, from, 4);
-  *to = *from;
-}
-inline void copy_async_16(void* to, const void* from, int bytes) {
-  check_copy(to, from, 16);
-  std::memset(to, 0, 16);
-  if (bytes > 0) std::memcpy(to, from, bytes);
-}
-inline void commit_copies() {}
-template <int>
-void wait_copies() {}
-
-// Fragments of ldmatrix and mma.sync as the PTX manual lays them out: row l / 4, words l % 4 (and
-// + 4) of lane l.
-inline void load_matrices(const void* row, uint32_t (&out)[4]) {
-  const int lane = emulated::current % 32, first = emulated::current / 32 * 32;
-  if (reinterpret_cast<uintptr_t>(row) % 16) emulated::fail("a matrix row is not aligned");
-  const auto address = reinterpret_cast<uint64_t>(row);
-  emulated::exchange[emulated::current] = address;
-  emulated::meet(emulated::own_warp());
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    const auto* from =
-        reinterpret_cast<const char*>(emulated::exchange[first + 8 * matrix + lane / 4]);
-    std::memcpy(&out[matrix], from + 4 * (lane % 4), 4);
-  }
-  emulated::meet(emulated::own_warp());
-}
-
-// kWords: numbers in a 32-bit word. c += a b, the products added one after the other.
-template <int kWords, typename Value>
-void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                        const Value& value) {
-  static uint32_t b[emulated::kMostThreads][2];
-  const int lane = emulated::current % 32, first = emulated::current / 32 * 32;
-  std::memcpy(emulated::words[emulated::current], a, sizeof a);
-  b[emulated::current][0] = b0;
-  b[emulated::current][1] = b1;
-  emulated::meet(emulated::own_warp());
-  const int row = lane / 4;
-  for (int k = 0; k < 4; ++k) {
-    const int high = k / 2, col = 2 * (lane % 4) + k % 2;
-    float sum = c[k];
-    for (int half = 0; half < 2; ++half)
-      for (int word = 0; word < 4; ++word) {
-        const uint32_t x = emulated::words[first + 4 * row + word][2 * half + high];
-        const uint32_t y = b[first + 4 * col + word][half];
-        for (int w = 0; w < kWords; ++w) sum += value(x, w) * value(y, w);
-      }
-    c[k] = sum;
-  }
-  emulated::meet(emulated::own_warp());
-}
-inline void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply_fragments<2>(c, a, b0, b1, [](uint32_t x, int w) {
-    return __uint_as_float(w == 0 ? x << 16 : x & 0xffff0000u);
-  });
-}
-inline void multiply_float16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply_fragments<2>(c, a, b0, b1, [](uint32_t x, int w) {
-    return half_value(static_cast<uint16_t>(x >> (16 * w)));
-  });
-}
-inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply_fragments<1>(c, a, b0, b1,
-                        [](uint32_t x, int) { return __uint_as_float(x & ~0x1fffu); });
-}
-
-}  // namespace shear::cuda

@@ -1,5 +1,6 @@
-// The plan of a call on a GPU: the chunks of plan.h, and what kernels need to find their work in
-// them by themselves. Made on the host without a GPU; reachable through shear_ops._C.device_plan().
+// The plan of a call on a GPU: the chunks that all backends share, and what kernels need to find
+// their work in them by themselves. Made on the host without a GPU; reachable through
+// shear_ops._C.device_plan().
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -7,7 +8,7 @@
 #include "chunks.h"
 #include "problem.h"
 
-namespace shear {
+namespace shear::cuda {
 
 struct Device {
   int64_t processors;    // streaming multiprocessors
@@ -52,15 +53,23 @@ struct DeviceChunk {
   int64_t cost_tiles, strips, bound_rows, pairs;
 };
 
-// Solvers by the longest span: csrc/cuda/tiles.h. The choice follows the configuration alone, so
-// that a pair's distance does not depend on the other rollouts of the call.
+// Of one launch.
+struct Grid {
+  int64_t ctas, threads;
+  int64_t shared_bytes = 0;  // dynamic
+};
+
+// Solvers by the longest span: tiles.h. The choice follows the configuration alone, so that a
+// pair's distance does not depend on the other rollouts of the call.
 enum class Solver : int { k32, k64, k100, k128, kWide };
 
 // The kernel of the pairs of one call or batch, and its persistent grid.
 struct SolverPlan {
   Solver solver;
-  int64_t grid, threads, shared_bytes;
-  int64_t scratch_floats;  // of each CTA; 0: K is in shared memory or registers
+  Grid grid;
+  int64_t scratch_floats = 0;  // of each CTA; 0: K is in shared memory or registers
+
+  int64_t scratch_bytes() const { return 4 * grid.ctas * scratch_floats; }
 };
 
 // For pairs of at most (rows, cols) tokens, where spans may have `longest`. Throws
@@ -75,7 +84,7 @@ struct Workspace {
   int64_t spans, norm, sq_norm;                // per span; per token
   int64_t rollout_norm, group_norm;            // means, double
   int64_t best, seed, nearest;                 // per span
-  int64_t counters;                            // Counters of csrc/cuda/pipeline.cuh
+  int64_t counters;                            // Counters of call.cuh
   int64_t costs, windows, minima;              // of the chunk at hand
   int64_t value, residual, iterations, order;  // per pair of it
   int64_t scratch;                             // of the solver
@@ -98,10 +107,7 @@ struct DevicePlan {
 };
 
 constexpr int64_t kCounterBytes = 1024;
-constexpr int64_t kScratchBytes = int64_t{96}
-                                  << 20;  // of wide pairs whose K is not in shared memory
 
-DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
-                            const Device& device);
+DevicePlan make_device_plan(const Problem& problem, const Config& config, const Device& device);
 
-}  // namespace shear
+}  // namespace shear::cuda

@@ -1,4 +1,4 @@
-#include "device_plan.h"
+#include "cuda/plan.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -6,12 +6,16 @@
 
 #include "cuda/tiles.h"
 
-namespace shear {
+namespace shear::cuda {
 namespace {
 
-constexpr Budget kBudget{kDeviceChunkBytes, 16};  // of a pair: value, residual, iterations, order
+// Of a pair: value, residual, iterations, order.
+constexpr Budget kBudget{.chunk_bytes = kDeviceChunkBytes, .bytes_per_pair = 16};
+constexpr int64_t kScratchBytes = int64_t{96} << 20;  // where K of wide pairs is in global memory
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// To a field of the tables.
+int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
 
 // Sets the section's offset and goes on behind it.
 template <typename T>
@@ -22,8 +26,10 @@ void place(int64_t* section, int64_t count, int64_t* bytes) {
 
 template <typename Tile>
 SolverPlan in_registers(Solver solver, int64_t pairs, const Device& device) {
-  return {solver, std::min(pairs, device.processors * Tile::kCtas), Tile::kThreads,
-          4 * Tile::kSharedFloats, 0};
+  return {.solver = solver,
+          .grid = {.ctas = std::min(pairs, device.processors * Tile::kCtas),
+                   .threads = Tile::kThreads,
+                   .shared_bytes = 4 * Tile::kSharedFloats}};
 }
 
 template <typename Shape>
@@ -36,8 +42,8 @@ bool prefers_large_tiles(const Chunks& plan) {
   int64_t large = 0, small = 0;
   for (const Chunk& chunk : plan.chunks)
     for (const Block& block : chunk.blocks) {
-      large += 2 * tiles_of_block<cuda::LargeCostTile>(block);
-      small += tiles_of_block<cuda::SmallCostTile>(block);
+      large += 2 * tiles_of_block<LargeCostTile>(block);
+      small += tiles_of_block<SmallCostTile>(block);
     }
   return 100 * large <= 115 * small;
 }
@@ -45,19 +51,22 @@ bool prefers_large_tiles(const Chunks& plan) {
 void append_rollouts(const Problem& problem, DevicePlan* out) {
   std::vector<int32_t> correct(problem.rollouts.size());
   for (const Group& group : problem.groups) {
-    const auto first = static_cast<int32_t>(out->members.size());
+    const int32_t first = narrow(out->members.size());
     for (const int64_t i : group.correct) correct[i] = 1;
     for (const auto* side : {&group.correct, &group.incorrect})
       out->members.insert(out->members.end(), side->begin(), side->end());
-    out->groups.push_back({first, static_cast<int32_t>(out->members.size())});
+    out->groups.push_back({.member_begin = first, .member_end = narrow(out->members.size())});
   }
   for (size_t i = 0; i < problem.rollouts.size(); ++i) {
     const Rollout& rollout = problem.rollouts[i];
-    out->rollouts.push_back({rollout.begin, rollout.end, static_cast<int32_t>(rollout.span_begin),
-                             static_cast<int32_t>(rollout.span_end - rollout.span_begin),
-                             static_cast<int32_t>(rollout.group), correct[i],
-                             static_cast<int32_t>(out->span_tiles)});
-    out->span_tiles += ceil_div(rollout.span_end - rollout.span_begin, int64_t{cuda::kSpansPerCta});
+    out->rollouts.push_back({.begin = rollout.begin,
+                             .end = rollout.end,
+                             .span_begin = narrow(rollout.span_begin),
+                             .spans = narrow(rollout.spans()),
+                             .group = narrow(rollout.group),
+                             .correct = correct[i],
+                             .tile_begin = narrow(out->span_tiles)});
+    out->span_tiles += ceil_div(rollout.spans(), kSpansPerCta);
   }
 }
 
@@ -65,25 +74,34 @@ void append_rollouts(const Problem& problem, DevicePlan* out) {
 int64_t append_chunks(DevicePlan* out) {
   int64_t most = 0;
   for (const Chunk& chunk : out->plan.chunks) {
-    DeviceChunk sizes{static_cast<int64_t>(out->blocks.size()),
-                      static_cast<int64_t>(chunk.blocks.size()),
-                      0,
-                      0,
-                      0,
-                      chunk.pairs};
+    DeviceChunk sizes{.block_begin = static_cast<int64_t>(out->blocks.size()),
+                      .blocks = static_cast<int64_t>(chunk.blocks.size()),
+                      .cost_tiles = 0,
+                      .strips = 0,
+                      .bound_rows = 0,
+                      .pairs = chunk.pairs};
     int64_t minima = 0;
     for (const Block& block : chunk.blocks) {
       const int64_t strips = ceil_div(block.row_tokens, out->strip);
-      out->blocks.push_back(
-          {block.row_token, block.col_token, block.cost_offset, block.row_offset, minima,
-           block.pair_offset, static_cast<int32_t>(block.row_tokens),
-           static_cast<int32_t>(block.col_tokens), static_cast<int32_t>(block.row_span),
-           static_cast<int32_t>(block.row_spans), static_cast<int32_t>(block.col_span),
-           static_cast<int32_t>(block.col_spans), static_cast<int32_t>(block.ld),
-           static_cast<int32_t>(block.group), static_cast<int32_t>(sizes.cost_tiles),
-           static_cast<int32_t>(sizes.strips), static_cast<int32_t>(sizes.bound_rows)});
-      sizes.cost_tiles += out->large_tiles ? tiles_of_block<cuda::LargeCostTile>(block)
-                                           : tiles_of_block<cuda::SmallCostTile>(block);
+      out->blocks.push_back({.row_token = block.row_token,
+                             .col_token = block.col_token,
+                             .cost_offset = block.cost_offset,
+                             .window_offset = block.row_offset,
+                             .minima_offset = minima,
+                             .pair_offset = block.pair_offset,
+                             .row_tokens = narrow(block.row_tokens),
+                             .col_tokens = narrow(block.col_tokens),
+                             .row_span = narrow(block.row_span),
+                             .row_spans = narrow(block.row_spans),
+                             .col_span = narrow(block.col_span),
+                             .col_spans = narrow(block.col_spans),
+                             .ld = narrow(block.ld),
+                             .group = narrow(block.group),
+                             .tile_begin = narrow(sizes.cost_tiles),
+                             .strip_begin = narrow(sizes.strips),
+                             .bound_begin = narrow(sizes.bound_rows)});
+      sizes.cost_tiles += out->large_tiles ? tiles_of_block<LargeCostTile>(block)
+                                           : tiles_of_block<SmallCostTile>(block);
       sizes.strips += strips;
       sizes.bound_rows += block.row_spans * ceil_div(block.col_spans, 32);
       if (out->column_minima) minima += strips * block.ld;
@@ -98,36 +116,34 @@ int64_t append_chunks(DevicePlan* out) {
 
 SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pairs,
                        const Device& device) {
-  if (std::max(rows, cols) > cuda::kLongestSpan)
-    throw std::invalid_argument("span must be at most " + std::to_string(cuda::kLongestSpan) +
+  if (std::max(rows, cols) > kLongestSpan)
+    throw std::invalid_argument("span must be at most " + std::to_string(kLongestSpan) +
                                 " for backend 'cuda', got a pair of " + std::to_string(rows) +
                                 " and " + std::to_string(cols) +
                                 " tokens: lower span, or use backend 'cpu'");
-  if (longest <= cuda::Solver32::kCols)
-    return in_registers<cuda::Solver32>(Solver::k32, pairs, device);
-  if (longest <= cuda::Solver64::kCols)
-    return in_registers<cuda::Solver64>(Solver::k64, pairs, device);
-  if (longest <= cuda::Solver100::kCols)
-    return in_registers<cuda::Solver100>(Solver::k100, pairs, device);
-  if (longest <= cuda::Solver128::kCols)
-    return in_registers<cuda::Solver128>(Solver::k128, pairs, device);
-  SolverPlan out{Solver::kWide, std::min(pairs, device.processors), cuda::kWideThreads,
-                 4 * cuda::wide_shared_floats(rows, cols), 0};
-  if (out.shared_bytes + 4 * rows * cols <= device.shared_bytes) {
-    out.shared_bytes += 4 * rows * cols;
+  if (longest <= Solver32::kCols) return in_registers<Solver32>(Solver::k32, pairs, device);
+  if (longest <= Solver64::kCols) return in_registers<Solver64>(Solver::k64, pairs, device);
+  if (longest <= Solver100::kCols) return in_registers<Solver100>(Solver::k100, pairs, device);
+  if (longest <= Solver128::kCols) return in_registers<Solver128>(Solver::k128, pairs, device);
+  SolverPlan out{.solver = Solver::kWide,
+                 .grid = {.ctas = std::min(pairs, device.processors),
+                          .threads = kWideThreads,
+                          .shared_bytes = 4 * wide_shared_floats(rows, cols)}};
+  if (out.grid.shared_bytes + 4 * rows * cols <= device.shared_bytes) {
+    out.grid.shared_bytes += 4 * rows * cols;
   } else {
     out.scratch_floats = ceil_div(rows * cols, 64) * 64;
-    out.grid = std::min(out.grid, std::max<int64_t>(1, kScratchBytes / (4 * out.scratch_floats)));
+    out.grid.ctas =
+        std::min(out.grid.ctas, std::max<int64_t>(1, kScratchBytes / (4 * out.scratch_floats)));
   }
   return out;
 }
 
-DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
-                            const Device& device) {
+DevicePlan make_device_plan(const Problem& problem, const Config& config, const Device& device) {
   DevicePlan out{};
   out.plan = make_chunks(problem, config, kBudget);
-  out.column_minima = config.stride >= cuda::kLeastStrip;
-  out.strip = std::max(config.stride, cuda::kLeastStrip);
+  out.column_minima = config.stride >= kLeastStrip;
+  out.strip = std::max(config.stride, kLeastStrip);
   out.large_tiles = prefers_large_tiles(out.plan);
   append_rollouts(problem, &out);
   const int64_t minima = append_chunks(&out);
@@ -174,8 +190,8 @@ DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_
   place<float>(&w.residual, pairs, &w.bytes);
   place<int32_t>(&w.iterations, pairs, &w.bytes);
   place<uint32_t>(&w.order, pairs, &w.bytes);
-  place<float>(&w.scratch, out.solver.grid * out.solver.scratch_floats, &w.bytes);
+  place<char>(&w.scratch, out.solver.scratch_bytes(), &w.bytes);
   return out;
 }
 
-}  // namespace shear
+}  // namespace shear::cuda
