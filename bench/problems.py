@@ -14,6 +14,8 @@ from shear_ops import SpanConfig
 from shear_ops.cli.rollouts import load_rollouts, shipped_rollouts
 from shear_ops.reference import spans
 
+from .language import Text
+
 CONFIG = SpanConfig()  # the paper's spans of 100 every 25, reg 0.03
 SETTINGS = {
     "clustered": "half of the passages of every rollout are noisy copies of passages that the "
@@ -97,12 +99,10 @@ class Group:
 def synthetic_group(
     setting: str, tokens: int, dim: int, *, rollouts: int = 8, seed: int = 0
 ) -> Group:
-    """Return a group of states like a language model's, float32 with values that bfloat16 holds.
+    """Return a group of rollouts in the synthetic language, float32 with values of bfloat16.
 
-    Every token is the embedding of a word (Zipf, so that words repeat), a context that drifts
-    (AR(1), 0.9 a token), noise, a mean state common to all, and a few outlier dimensions of 8 times
-    the size. Repeated words are what makes the transport problems mix slowly, as real states do:
-    with independent states 8 iterations solve any pair.
+    On top of its words, context and noise: a mean state common to all, and a few outlier dimensions
+    of 8 times the size.
     """
     if setting not in SETTINGS:
         raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {setting!r}")
@@ -112,34 +112,19 @@ def synthetic_group(
 
 
 def _synthetic_states(setting: str, tokens: int, dim: int, rollouts: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = torch.randn(100, dim, generator=generator)
-    mean_state = torch.randn(dim, generator=generator)
-    x = _text(embeddings, rollouts, tokens, generator)
+    text = Text(seed, dim, vocabulary=100, drift=0.5)
+    mean_state = text.normal(dim)
+    x = text.batch(rollouts, tokens)
     if setting == "clustered":
         passage = 100
-        shared = _text(embeddings, 1, tokens, generator)
-        copied = torch.rand(rollouts, -(-tokens // passage), generator=generator) < 0.5
+        shared = text.batch(1, tokens)
+        copied = torch.rand(rollouts, -(-tokens // passage), generator=text.generator) < 0.5
         copied = copied.repeat_interleave(passage, 1)[:, :tokens, None]
-        noise = 0.2 * torch.randn(x.shape, generator=generator)
+        noise = 0.2 * text.normal(*x.shape)
         x = torch.where(copied, shared + noise, x)
     x += mean_state
     x[..., ::256] *= 8
     return x.flatten(0, 1).bfloat16().float()
-
-
-def _text(embeddings: Tensor, rollouts: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Embedding of a Zipf word + drifting context + noise, (rollouts, tokens, dim)."""
-    vocabulary, dim = embeddings.shape
-    frequencies = 1 / torch.arange(1.0, vocabulary + 1)
-    words = torch.multinomial(frequencies, rollouts * tokens, True, generator=generator)
-    x = 0.25 * torch.randn(rollouts, tokens, dim, generator=generator)
-    x += embeddings[words.view(rollouts, tokens)]
-    context = torch.randn(rollouts, dim, generator=generator)
-    for t in range(tokens):
-        context = 0.9 * context + 0.19**0.5 * torch.randn(rollouts, dim, generator=generator)
-        x[:, t] += 0.5 * context
-    return x
 
 
 def real_span_pairs(count: int, *, seed: int = 0) -> tuple[Tensor, float]:
