@@ -217,8 +217,9 @@ def test_report_of_a_record(quick_record: dict[str, Any], tmp_path: Path) -> Non
     assert drawn == {p.name for p in tmp_path.iterdir()}
 
 
-def test_micro_reads_what_pytest_benchmark_writes() -> None:
+def test_micro_reads_what_pytest_benchmark_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pytest_benchmark")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in the other tests, in a process of its own
     entry = measure.micro(QUICK)
     (name,) = entry["functions"]
     assert name == "sinkhorn"
