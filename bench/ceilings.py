@@ -1,28 +1,27 @@
-"""What a GPU can do at most, and how near to that the solver's iterations are."""
+"""What a GPU can do at most: rates of loops of nothing but one operation, copies and products."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
-import shear_ops
+from shear_ops.triton.sinkhorn_steps import exp2
+from shear_ops.triton.target import target_of
 
 from .contest import Entry
-from .problems import CONFIG, synthetic_group
 from .sizes import Sizes
 from .timing import alternate, summary
 
-DIM = 64  # the solver sees costs only
-ITERATIONS = 17, 31  # both with four dual checks: after 4, 8, 16 and the last
+UNROLL = 16
+LANES = 1024  # values of a program of 4 warps: 8 independent chains per thread
 
 
-def ceilings(sizes: Sizes) -> Entry:
-    """Rates of float32 multiply-adds and exponentials of a GPU, and of copies and products."""
-    from . import rates  # needs Triton
-
+def measure(sizes: Sizes) -> Entry:
+    """Return the entry of a record: the rates, and the times they are from."""
     device = torch.get_default_device()
     n = sizes.peak
     square = torch.randn(n, n).bfloat16()
@@ -32,17 +31,19 @@ def ceilings(sizes: Sizes) -> Entry:
     if device.type == "cuda":
         product = partial(torch.mm, square, square.T, torch.float32)
     calls = {
-        "multiply-adds": partial(rates.multiply_adds, *sizes.rates, device),
-        "exponentials": partial(rates.exponentials, *sizes.rates, device),
+        "multiply-adds": partial(multiply_adds, *sizes.rates, device),
+        "exponentials": partial(exponentials, *sizes.rates, device),
         "product, bf16 to fp32": product,
         "copy": lambda: target.copy_(large),
     }
     for call in calls.values():
         call()  # compiles
     samples = alternate(calls, 15, sizes.limit_s)
+    programs, rounds = sizes.rates
+    looped = programs * rounds * LANES * UNROLL
     operations = {
-        "multiply-adds": rates.operations(*sizes.rates),
-        "exponentials": rates.operations(*sizes.rates),
+        "multiply-adds": looped,
+        "exponentials": looped,
         "product, bf16 to fp32": n**3,
         "copy": 2 * 4 * len(large),
     }
@@ -53,27 +54,39 @@ def ceilings(sizes: Sizes) -> Entry:
     }
 
 
-def solver(sizes: Sizes) -> Entry:
-    """Time of one Sinkhorn iteration of one full span pair, from all pairs of two rollouts."""
-    group = synthetic_group("unpruned", sizes.solver_tokens, DIM, rollouts=2)
-    x, y = group.states(0), group.states(1)
-    config = {n: replace(CONFIG, tol=0.0, n_iters=n) for n in ITERATIONS}
-    calls = {
-        f"{n} iterations": partial(
-            shear_ops.pair_distances, x, y, config=config[n], backend=sizes.backend
-        )
-        for n in ITERATIONS
-    }
-    for call in calls.values():
-        call()  # compiles
-    samples = alternate(calls, max(sizes.repeats, 5), sizes.limit_s)
-    pairs = next(iter(calls.values()))().numel()
-    few, many = (min(seconds) for seconds in samples.values())
-    iteration = (many - few) / (pairs * (ITERATIONS[1] - ITERATIONS[0]))
-    return {
-        "sizes": {"tokens": sizes.solver_tokens, "pairs": pairs, "span": CONFIG.span},
-        "times": {name: summary(seconds) for name, seconds in samples.items()},
-        "iteration_s": iteration,
-        # two products of the kernel with a vector; what else an iteration does is not counted
-        "multiply_adds_per_s": 2 * CONFIG.span**2 / iteration,
-    }
+def multiply_adds(programs: int, rounds: int, device: torch.device) -> None:
+    """float32 multiply-adds, UNROLL dependent ones per value and round."""
+    out = torch.empty(programs * LANES, device=device)
+    _multiply_adds[(programs,)](out, rounds, LANES, UNROLL)
+
+
+def exponentials(programs: int, rounds: int, device: torch.device) -> None:
+    """float32 exponentials as the solver takes them, UNROLL dependent ones per value and round."""
+    out = torch.empty(programs * LANES, device=device)
+    _exponentials[(programs,)](out, rounds, LANES, UNROLL, target_of(device).approximate)
+
+
+@triton.jit
+def _multiply_adds(out, rounds, LANES: tl.constexpr, UNROLL: tl.constexpr):
+    """UNROLL dependent multiply-adds per value and round."""
+    x = tl.arange(0, LANES).to(tl.float32) * 1e-3
+    k = 0
+    while k < rounds:
+        for _ in tl.static_range(UNROLL):
+            x = x * 0.999 + 0.001
+        k += 1
+    tl.store(out + tl.program_id(0) * LANES + tl.arange(0, LANES), x)
+
+
+@triton.jit
+def _exponentials(
+    out, rounds, LANES: tl.constexpr, UNROLL: tl.constexpr, APPROXIMATE: tl.constexpr
+):
+    """UNROLL dependent exponentials per value and round."""
+    x = tl.arange(0, LANES).to(tl.float32) * 1e-3
+    k = 0
+    while k < rounds:
+        for _ in tl.static_range(UNROLL):
+            x = exp2(-x, APPROXIMATE)
+        k += 1
+    tl.store(out + tl.program_id(0) * LANES + tl.arange(0, LANES), x)

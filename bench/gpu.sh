@@ -132,8 +132,13 @@ if wanted sanitize && [ -n "$gpu" ]; then
   done
 fi
 
+run=("$PYTHON" -m bench.run)
+# the interpreter as the tests have it: faster
+[ -n "$gpu" ] || run=("$PYTHON" -c 'import sys; sys.path.append("tests")
+from interpreter import patch_once; patch_once()
+from bench.run import main; main()')
 measure() { # ENTRY BACKEND ...
-  attempt "$1 of $2" 120 "$PYTHON" -m bench.run --device "$device" --backend "$2" --only "$1" --no-tests $quick \
+  attempt "$1 of $2" 120 "${run[@]}" --device "$device" --backend "$2" --only "$1" --no-tests $quick \
     --out "$record" "${@:3}"
 }
 if wanted measure; then
@@ -178,6 +183,6 @@ fi
 
 if [ -f "$record" ]; then
   say "what was measured"
-  "$PYTHON" -m bench.gpu "$record"
+  "$PYTHON" -m bench.report --short "$record"
 fi
 [ -z "$failed" ] || fail "not all well:${failed#,}"

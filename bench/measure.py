@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
@@ -16,11 +22,18 @@ import shear_ops
 from shear_ops import SpanConfig, SpanDistances
 from shear_ops.cli.rollouts import load_rollouts, shipped_rollouts
 
-from .ceilings import ceilings, solver
 from .contest import OURS, Entry, own_setting, qualify
-from .jobs import NearestSpans, Problems
 from .peers import any_of, libraries, loops
-from .problems import CONFIG, SETTINGS, Group, real_span_pairs, synthetic_group
+from .problems import (
+    CONFIG,
+    SETTINGS,
+    Group,
+    NearestSpans,
+    Problems,
+    real_span_pairs,
+    synthetic_group,
+)
+from .record import ROOT
 from .sizes import Sizes
 from .timing import alternate, ratio, stage_seconds, summary
 from .training_step import overhead
@@ -310,6 +323,63 @@ def survivors(sizes: Sizes) -> Entry:
     return {"rollouts": len(rollouts), "tokens": tokens, "dim": dim, "rows": rows}
 
 
+def micro(sizes: Sizes) -> Entry:
+    """Small problems under pytest-benchmark: sinkhorn and span_weights over the alternatives."""
+    if find_spec("pytest_benchmark") is None:
+        return {"missing": "pytest-benchmark"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "benchmark.json")
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sizes.micro,
+             f"--benchmark-json={out}", "bench/test_micro.py"],
+            cwd=ROOT, check=True,
+        )  # fmt: skip
+        benchmarks = json.loads(out.read_text())["benchmarks"]
+    functions: dict[str, dict[str, Entry]] = {}
+    for each in benchmarks:
+        about = each["extra_info"]
+        functions.setdefault(each["group"], {})[about.pop("who")] = {
+            **about, "time": summary(each["stats"]["data"])
+        }  # fmt: skip
+    return {"functions": functions}
+
+
+SOLVER_ITERATIONS = 17, 31  # both with four dual checks: after 4, 8, 16 and the last
+
+
+def solver(sizes: Sizes) -> Entry:
+    """Time of one Sinkhorn iteration of one full span pair, from all pairs of two rollouts."""
+    group = synthetic_group("unpruned", sizes.solver_tokens, 64, rollouts=2)
+    x, y = group.states(0), group.states(1)
+    config = {n: replace(CONFIG, tol=0.0, n_iters=n) for n in SOLVER_ITERATIONS}
+    calls = {
+        f"{n} iterations": partial(
+            shear_ops.pair_distances, x, y, config=config[n], backend=sizes.backend
+        )
+        for n in SOLVER_ITERATIONS
+    }
+    for call in calls.values():
+        call()  # compiles
+    samples = alternate(calls, max(sizes.repeats, 5), sizes.limit_s)
+    pairs = next(iter(calls.values()))().numel()
+    few, many = (min(seconds) for seconds in samples.values())
+    iteration = (many - few) / (pairs * (SOLVER_ITERATIONS[1] - SOLVER_ITERATIONS[0]))
+    return {
+        "sizes": {"tokens": sizes.solver_tokens, "pairs": pairs, "span": CONFIG.span},
+        "times": {name: summary(seconds) for name, seconds in samples.items()},
+        "iteration_s": iteration,
+        # two products of the kernel with a vector; what else an iteration does is not counted
+        "multiply_adds_per_s": 2 * CONFIG.span**2 / iteration,
+    }
+
+
+def ceilings(sizes: Sizes) -> Entry:
+    """Rates of float32 multiply-adds and exponentials of a GPU, and of copies and products."""
+    from .ceilings import measure  # needs Triton
+
+    return measure(sizes)
+
+
 ENTRIES: dict[str, Callable[[Sizes], Entry]] = {
     "sinkhorn": sinkhorn,
     "small": small,
@@ -318,6 +388,7 @@ ENTRIES: dict[str, Callable[[Sizes], Entry]] = {
     "threads": threads,
     "growth": growth,
     "solver": solver,
+    "micro": micro,
     "ceilings": ceilings,
     "overhead": overhead,
     "survivors": survivors,

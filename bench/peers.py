@@ -1,8 +1,8 @@
 """The alternatives: other libraries and hand-written loops, each with a ladder of settings.
 
 A peer solves a batch of costs (b, n, m) and returns its sharp transport costs <P, C> (b,), the
-number that shear_ops returns. Its ladders run from cheap to accurate settings; tune.py climbs them.
-All of them compute in float32 on torch's or XLA's threads.
+number that shear_ops returns. Its ladders run from cheap to accurate settings; contest.py climbs
+them. All of them compute in float32 on torch's or XLA's threads.
 """
 
 from __future__ import annotations

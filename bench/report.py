@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import click
 
 from .plots import draw
-from .record import RESULTS, ROOT, Record, load_all
-from .tables import details, targets
+from .record import RESULTS, ROOT, Record, load, load_all
+from .tables import details, short, targets
 
 MARKS = "<!-- bench:begin -->\n", "<!-- bench:end -->"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--check", is_flag=True, help="Write nothing; fail if a README is out of date.")
-def main(check: bool) -> None:
+@click.option(
+    "--short",
+    "record",
+    metavar="RECORD",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Write nothing; print what this record says, line by line.",
+)
+def main(check: bool, record: Path | None) -> None:
     """Write the tables in README.md and bench/README.md, and the plots, from bench/results/*.json.
 
     Uses every record there. What no record holds reads "not measured yet".
+
+    Example: python -m bench.report --short bench/results/nvidia-h200.json
     """
+    if record is not None:
+        content = load(record)
+        click.echo(content["device"]["name"])
+        for entry, measured, what in short(content):
+            click.echo(f"{entry}: {measured} {what}")
+        return
     records = load_all()
     refuse_quick(records)
     for path, block in (
@@ -33,8 +49,8 @@ def main(check: bool) -> None:
         if not check:
             path.write_text(new)
     if not check:
-        for name, record in records.items():
-            draw(name, record, RESULTS)
+        for name, each in records.items():
+            draw(name, each, RESULTS)
 
 
 def refuse_quick(records: dict[str, Record]) -> None:

@@ -16,7 +16,6 @@ from rich.table import Table
 from shear_ops.ops import backends
 
 from .contest import Entry
-from .interpreter import patch_once
 from .measure import ENTRIES
 from .record import RESULTS, ROOT, device_facts, run_facts, save, slug
 from .sizes import GPU, GPU_QUICK, QUICK, Sizes
@@ -27,7 +26,7 @@ TESTS = (
     "tests/test_sinkhorn.py", "tests/test_backends.py",
     "-k", "test_sinkhorn or (against_float64 and (float32 or bfloat16))",
 )  # fmt: skip
-NOT_ON_GPU = {"paper-fp32", "threads"}
+NOT_ON_GPU = {"paper-fp32", "threads", "micro"}
 ON_GPU_ONLY = {"ceilings", "overhead"}
 QUICK_TESTS = ("tests/test_sinkhorn.py", "-k", "not pot")
 
@@ -107,8 +106,6 @@ def main(
     sizes = (GPU_QUICK if quick else GPU) if on_gpu else (QUICK if quick else Sizes())
     sizes = replace(sizes, backend=backend, rollouts=rollouts)
     torch.set_default_device(where)
-    if backend == "triton" and backends.interpreted():
-        patch_once()
     own = backend in (None, "cpu" if device == "cpu" else backends.on_gpu())
     left_out = NOT_ON_GPU if on_gpu else ON_GPU_ONLY
     for name in only or (name for name in ENTRIES if name not in left_out):

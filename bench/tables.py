@@ -1,11 +1,11 @@
-"""Markdown out of records: every number in it was measured."""
+"""Tables out of records, in Markdown and for a terminal: every number in them was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .contest import Entry
+from .contest import OURS, Entry
 from .record import Record
 from .targets import TARGETS, Target
 
@@ -68,6 +68,8 @@ def details(record: Record) -> str:
         if name in entries:
             parts += [_paper(name, entries[name]), roofline(entries[name])]
     parts += [_alternatives(name, entry) for name, entry in entries.items()]
+    if record["device"]["kind"] == "cpu":
+        parts.append(f"#### Equal accuracy: single functions\n\n{_micro(entries.get('micro', {}))}")
     for name, entry in entries.items():
         kind = name.partition("-")[0]
         if kind in OTHERS:
@@ -193,6 +195,22 @@ def _alternative(facts: Entry, time: Entry | None) -> list[str]:
     return [setting_text(facts["setting"]), f"{facts['error']:.1e}", seconds, spread, first]
 
 
+def _micro(entry: Entry) -> str:
+    rows = []
+    for function, benchmarks in entry.get("functions", {}).items():
+        ours = benchmarks[OURS]["time"]
+        for who, facts in benchmarks.items():
+            time = facts["time"]
+            over = number(time["median"] / ours["median"])
+            rows.append([f"`{function}`", who, setting_text(facts["setting"]),
+                         f"{facts['error']:.1e}", _seconds(time), over])  # fmt: skip
+    if not rows:
+        return NOT_YET
+    header = ["function", "who", "setting", "worst error", "seconds: median (min–max; runs)",
+              "over ours"]  # fmt: skip
+    return table(header, rows)
+
+
 def setting_text(setting: dict[str, Any]) -> str:
     """Return a setting as arguments: max_iter=300, chunk=40."""
     shown = {k: v for k, v in setting.items() if k not in ("error", "seconds")}
@@ -241,3 +259,53 @@ def _overhead(entry: Entry) -> str:
 OTHERS = {
     "survivors": _survivors, "solver": _solver, "ceilings": _ceilings, "overhead": _overhead,
 }  # fmt: skip
+
+
+def short(record: Record) -> Iterator[tuple[str, str, str]]:
+    """Lines of a short table for a terminal: what was measured, the number, and what it is."""
+    for name, entry in record["entries"].items():
+        if name.startswith("paper-bf16"):
+            yield from _short_paper(name, entry)
+        elif name.startswith("growth"):
+            for series in ("tokens", "dim", "rollouts"):
+                for point in entry.get(series, {}).get("points", []):
+                    what = f"T={point['tokens']}, d={point['dim']}, G={point['rollouts']}"
+                    yield name, f"{1e3 * point['time']['median']:.2f}", f"ms, {what}"
+        elif name.startswith("ceilings"):
+            for what, rate in entry["per_s"].items():
+                yield name, f"{rate / 1e12:.2f}", f"10^12 per second, {what}"
+        elif name.startswith("solver"):
+            yield name, f"{1e9 * entry['iteration_s']:.2f}", "ns, one iteration of one span pair"
+            rate = f"{entry['multiply_adds_per_s'] / 1e12:.2f}"
+            yield name, rate, "10^12 multiply-adds per second, solver"
+        elif name.startswith("overhead"):
+            yield name, f"{100 * entry['share']['value']:.3f}", "% of a training step"
+        elif name.startswith("survivors"):
+            for row in entry["rows"]:
+                what = f"% solved, span {row['span']}, stride {row['stride']}, reg {row['reg']}"
+                yield name, f"{100 * row['solved'] / max(row['total'], 1):.2f}", what
+        for setting, part in [("", entry), *entry.get("settings", {}).items()]:
+            for peer, facts in part.get("alternatives", {}).items():
+                if "over ours" in facts:
+                    times = f"{facts['over ours']['value']:,.0f}"
+                    yield f"{name} {setting}".strip(), times, f"times faster than {peer}"
+
+
+def _short_paper(name: str, entry: Entry) -> Iterator[tuple[str, str, str]]:
+    product = 1e3 * entry["times"]["torch.mm"]["median"]
+    yield name, f"{product:.2f}", "ms, torch.mm of the same product"
+    for setting, part in entry["settings"].items():
+        label, pairs, stages = f"{name} {setting}", part["pairs"], part["stages"]
+        ours = 1e3 * entry["times"][f"shear_ops, {setting}"]["median"]
+        yield label, f"{ours:.2f}", "ms, span_weights"
+        yield label, f"{part['over torch.mm']['value']:.2f}", "times torch.mm"
+        for stage, seconds in stages.items():
+            yield label, f"{1e3 * seconds:.3f}", f"ms, {stage}"
+        if stages.get("solve"):
+            rate = pairs["total"] / stages["solve"] / 1e6
+            yield label, f"{rate:.1f}", "pairs per microsecond of the solver's stage"
+        for kind in ("bounded", "abandoned", "solved", "stopped"):
+            yield label, f"{100 * pairs[kind] / pairs['total']:.2f}", f"% of the pairs {kind}"
+        if "workspace_bytes" in part:
+            yield label, f"{part['workspace_bytes'] / 2**20:.0f}", "MiB, peak beyond the inputs"
+        yield label, f"{part['error']:.1e}", "worst error against float64"

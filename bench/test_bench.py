@@ -15,12 +15,12 @@ from click.testing import CliRunner
 import shear_ops
 from shear_ops import reference
 
-from . import record, report, run, tables
-from .contest import own_setting, qualify
-from .jobs import NearestSpans, Problems
+from . import measure, record, report, run, tables
+from .contest import OURS, own_setting, qualify
 from .peers import Peer, Setting, Solve
 from .plots import draw
-from .problems import SETTINGS, real_span_pairs, synthetic_group
+from .problems import SETTINGS, NearestSpans, Problems, real_span_pairs, synthetic_group
+from .sizes import QUICK
 from .timing import alternate, ratio
 from .truth import sharp_cost
 
@@ -215,6 +215,28 @@ def test_report_of_a_record(quick_record: dict[str, Any], tmp_path: Path) -> Non
     drawn = {path.name for path in draw("this", content, tmp_path)}
     assert drawn == {f"this-{plot}.svg" for plot in report.plots_of(content)}
     assert drawn == {p.name for p in tmp_path.iterdir()}
+
+
+def test_micro_reads_what_pytest_benchmark_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in the other tests, in a process of its own
+    entry = measure.micro(QUICK)
+    (name,) = entry["functions"]
+    assert name == "sinkhorn"
+    assert entry["functions"][name].keys() == {OURS, "kernel loop"}
+    for facts in entry["functions"][name].values():
+        assert facts["error"] <= 2e-3
+        assert 0 < facts["time"]["min"] <= facts["time"]["median"]
+        assert len(facts["time"]["samples"]) >= 5
+
+    device = {"kind": "cpu", "name": "this", "flags": []}
+    heading = "#### Equal accuracy: single functions\n\n"
+    text = tables.details({"device": device, "entries": {}})
+    assert f"{heading}{tables.NOT_YET}" in text
+    run_facts = {**record.run_facts("passed"), "quick": True}
+    text = tables.details({"device": device, "entries": {"micro": {"run": run_facts, **entry}}})
+    rows = [line for line in text.partition(heading)[2].splitlines() if "`sinkhorn`" in line]
+    assert [row.split(" | ")[1] for row in rows] == [OURS, "kernel loop"]
 
 
 def test_missed_targets_are_marked(quick_record: dict[str, Any]) -> None:

@@ -194,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COLUMNS") = columns();
   m.attr("CHOICES") = choices();
   m.attr("SOLVER") = solver();
+  m.attr("STATIC_SHARED_BYTES") = shear::cuda::kStaticSharedBytes;
   m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
   m.attr("MEAN_SHARE") = shear::kMeanShare;
   m.def("omega_of", &shear::omega_of, py::arg("level"));

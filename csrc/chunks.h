@@ -14,12 +14,13 @@ namespace shear {
 // (columns): first span and number of spans, first token and number of tokens of either; floats
 // from one row of costs to the next (ld); where the block's token costs, its row windows
 // (row_tokens, col_spans) and its pairs (row_spans, col_spans) begin among those of the chunk.
-#define SHEAR_BLOCK_COLUMNS(X)                                                         \
-  X(group)                                                                             \
-  X(row_span)                                                                          \
-  X(row_spans)                                                                         \
-  X(col_span) X(col_spans) X(row_token) X(row_tokens) X(col_token) X(col_tokens) X(ld) \
-      X(cost_offset) X(row_offset) X(pair_offset)
+// clang-format off
+#define SHEAR_BLOCK_COLUMNS(X)                                   \
+  X(group)                                                       \
+  X(row_span) X(row_spans) X(col_span) X(col_spans)              \
+  X(row_token) X(row_tokens) X(col_token) X(col_tokens) X(ld)    \
+  X(cost_offset) X(row_offset) X(pair_offset)
+// clang-format on
 
 struct Block {
   SHEAR_BLOCK_COLUMNS(SHEAR_FIELD)

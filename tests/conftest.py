@@ -11,7 +11,7 @@ from shear_ops.ops import backends
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
 
 if backends.interpreted():
-    from bench.interpreter import patch_once
+    from interpreter import patch_once
 
     patch_once()
 

@@ -33,44 +33,6 @@ def w1(cost: Array) -> float:
     return float(ot.emd2([], [], cost))
 
 
-def sinkhorn_newton(cost: Array, reg: float) -> float:
-    """Sharp transport cost of the entropic plan, by Newton's method on the semi-dual.
-
-    Quadratic convergence: also right where Sinkhorn takes 10^5 iterations. The regularisation is
-    lowered in steps, each from the potential of the one before.
-    """
-    n, m = cost.shape
-    eps, f = max(reg, float(cost.max())), np.zeros(n)
-    while True:
-        for _ in range(200):
-            plan, dual = _plan(cost, f, eps)
-            missing = 1 / n - plan.sum(1)
-            if np.abs(missing).sum() < 1e-12:
-                break
-            hessian = (np.diag(plan.sum(1)) - m * plan @ plan.T) / eps
-            # f is free up to a constant: the shift fixes it
-            step = np.linalg.lstsq(hessian + hessian.trace() / n**2, missing, rcond=1e-15)[0]
-            length = 1.0
-            while _plan(cost, f + length * step, eps)[1] < dual - 1e-14 * abs(dual):
-                length /= 2
-                assert length > 1e-12
-            f = f + length * step
-        else:
-            raise AssertionError(f"Newton stopped at {np.abs(missing).sum()}")
-        if eps == reg:
-            return float((plan * cost).sum() + f @ missing)
-        eps = max(reg, eps / 2)
-
-
-def _plan(cost: Array, f: Array, eps: float) -> tuple[Array, float]:
-    """The plan with exact columns that f gives, and the value of the semi-dual."""
-    n, m = cost.shape
-    scaled = (f[:, None] - cost) / eps
-    highest = scaled.max(0)
-    g = -eps * (highest + np.log(np.exp(scaled - highest).mean(0)))
-    return np.exp((f[:, None] + g - cost) / eps) / (n * m), float(f.mean() + g.mean())
-
-
 def w1_on_a_line(x: Array, y: Array) -> float:
     """W1 of two samples of numbers, of any sizes: the area between their distribution functions."""
     both = np.sort(np.concatenate([x, y]))

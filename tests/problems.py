@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from bench.language import Text
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,48 +48,6 @@ class Problem:
 
     def __str__(self) -> str:
         return self.name
-
-
-class Text:
-    """States like those of a language model: token embeddings, context that drifts, noise.
-
-    Tokens come from a Zipf vocabulary, so that rollouts have many tokens nearly in common. The
-    mean norm is about scale * sqrt(dim).
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        dim: int = 64,
-        *,
-        vocabulary: int = 50,
-        drift: float = 0.4,
-        noise: float = 0.25,
-        scale: float = 1.0,
-    ) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.embeddings = scale * self.normal(vocabulary, dim)
-        self.frequencies = 1 / torch.arange(1.0, vocabulary + 1)
-        self.drift, self.noise = scale * drift, scale * noise
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
-
-    def __call__(self, length: int) -> Tensor:
-        """A rollout (length, dim)."""
-        dim = self.embeddings.shape[1]
-        if length == 0:
-            return torch.zeros(0, dim)
-        tokens = torch.multinomial(self.frequencies, length, True, generator=self.generator)
-        context = self.normal(dim)
-        states = []
-        for token in tokens.tolist():
-            context = 0.9 * context + 0.19**0.5 * self.normal(dim)
-            states.append(self.embeddings[token] + self.drift * context)
-        return torch.stack(states) + self.noise * self.normal(length, dim)
-
-    def rollouts(self, *lengths: int) -> list[Tensor]:
-        return [self(length) for length in lengths]
 
 
 def problem(

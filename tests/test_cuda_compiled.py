@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 
 import pytest
-from bench import sass
+from bench import machine_code
 
+from shear_ops import _C
 from shear_ops.ops import cuda
 
-WHOLE = json.loads(sass.RECORD.read_text(encoding="utf-8"))
-STATIC_SHARED_BYTES = 256  # kStaticSharedBytes in csrc/cuda/tiles.h
+WHOLE = json.loads(machine_code.CUDA_RECORD.read_text(encoding="utf-8"))
 RECORD, TOOLKIT = WHOLE["kernels"], WHOLE["toolkit"]
 
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, dict[str, int]]:
-    if why := sass.missing_tool():
+    if why := machine_code.missing_tool():
         pytest.skip(why)
-    if (toolkit := sass.toolkit()).split(".")[:2] != TOOLKIT.split(".")[:2]:
-        pytest.skip(f"the record is of nvcc {TOOLKIT}, here is {toolkit}: python -m bench.sass")
-    return sass.measure()
+    if (toolkit := machine_code.toolkit()).split(".")[:2] != TOOLKIT.split(".")[:2]:
+        pytest.skip(
+            f"the record is of nvcc {TOOLKIT}, here is {toolkit}: python -m bench.machine_code cuda"
+        )
+    return machine_code.cuda_kernels()
 
 
 def test_the_record_has_every_solver() -> None:
@@ -33,7 +35,7 @@ def test_the_record_has_every_solver() -> None:
 def test_registers_spills_and_instructions(name: str, kernels: dict[str, dict[str, int]]) -> None:
     seen, recorded = kernels[name], RECORD[name]
     assert seen["spilled_bytes"] == seen["stack_bytes"] == 0
-    assert seen["static_shared_bytes"] <= STATIC_SHARED_BYTES
+    assert seen["static_shared_bytes"] <= _C.STATIC_SHARED_BYTES
     assert seen["registers"] <= 1.1 * recorded["registers"]
     assert 0.9 <= seen["loop_instructions"] / recorded["loop_instructions"] <= 1.1
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
 from shear_ops.ops import backends
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -27,7 +23,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_compiles(target: str) -> None:
-    from bench.offline import SHARED, compile_all, facts
+    from bench.machine_code import SHARED, compile_all, facts
 
     try:
         found = [facts(kernel) for kernel in compile_all(target)]

@@ -4,6 +4,7 @@ from typing import Any
 COLUMNS: dict[str, tuple[str, ...]]
 CHOICES: dict[str, tuple[str, ...]]
 SOLVER: dict[str, Any]
+STATIC_SHARED_BYTES: int
 NEAR_DUPLICATE: float
 MEAN_SHARE: float
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made five times faster: for tests, and for trying the benchmarks."""
+"""Triton's interpreter, made five times faster: for tests, and for bench/gpu.sh --quick."""
 
 from __future__ import annotations
 
