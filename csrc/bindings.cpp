@@ -12,6 +12,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
+#include "cuda/tiles.h"
 #include "problem.h"
 #include "solve.h"
 #include "token_cost.h"
