@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from shear_ops import SpanConfig, Weighting
-from shear_ops.training.settings import RewardSettings, Settings
+from shear_ops.training.settings import RewardSettings, Settings, refuse
 
 
 def test_parse() -> None:
@@ -41,6 +42,60 @@ def test_refuses(section: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as raised:
         Settings.parse(section)
     assert message in str(raised.value)
+
+
+def test_take() -> None:
+    settings, rest = Settings.take(
+        ["--a", "-1", "--shear.threshold", "-0.5", "--b=c", "--shear.align=predictor", "--shear.spans.distance",
+         "chamfer", "--shear.spans.check_finite", "false", "--shear.weighting.clip", "0.5", "2", "--d", "x y"], "train", "<others>"
+    )  # fmt: skip
+    assert rest == ["--a", "-1", "--b=c", "--d", "x y"]
+    assert (settings.threshold, settings.align) == (-0.5, "predictor")
+    assert (settings.spans.distance, settings.spans.check_finite) == ("chamfer", False)
+    assert tuple(settings.weighting.clip) == (0.5, 2)
+    assert Settings.take([], "train", "<others>") == (Settings(), [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shear.treshold", "1"], "must be among threshold, align, spans.span"),
+        (["--shear.spans", "1"], "must be among threshold, align, spans.span"),
+        (["--shear.spans.span", "0"], "span must be in"),
+        (["--shear.threshold", "half"], "threshold must be a number, got 'half'"),
+        (["--shear.align", "next"], "align must be token or predictor, got 'next'"),
+        (["--shear.weighting.clip", "1"], "--shear.weighting.clip: expected 2 arguments"),
+    ],
+)
+def test_take_refuses(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        Settings.take(arguments, "train", "<others>")
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_take_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """And leaves the flag to the command that has the other arguments."""
+    assert Settings.take(["--a", "-h"], "train", "<others>") == (Settings(), ["--a", "-h"])
+    printed = capsys.readouterr().out
+    assert "usage: train [--shear.NAME VALUE ...] <others>" in printed
+    assert "--shear.weighting.clip LOW HIGH" in printed
+
+
+def test_refuse_says_the_first() -> None:
+    read = []
+
+    def refusals() -> Iterator[tuple[object, str]]:
+        for holds in (0, None, [1], True):
+            read.append(holds)
+            yield holds, f"must not be {holds}"
+
+    with pytest.raises(ValueError, match=re.escape("must not be [1]")):
+        refuse(refusals())
+    assert read == [0, None, [1]]  # what comes later may not be readable
+    refuse([(False, "never")])
 
 
 @pytest.mark.parametrize(

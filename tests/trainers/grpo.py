@@ -13,8 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import ranks
 import tiny
-from shear_ops import SpanConfig
-from shear_ops.integrations import trl as integration
+from shear_ops import SpanConfig, distributed
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer
 
 SPANS = SpanConfig(span=4, stride=2)
@@ -123,21 +122,21 @@ def train_given(rank: int, size: int, folder: str, mode: str = "score", **config
     give_completions(trainer, rank * share)
     states: list[dict[int, Tensor]] = []
     weights: list[dict[int, Tensor]] = []
-    real = integration.distributed.span_weights
+    real = distributed.span_weights
 
     def span_weights(hidden: Tensor, **kwargs: Any) -> Any:
         found = real(hidden, **kwargs)
-        rows = (kwargs["sample_ids"] % ROLLOUTS).tolist()
+        rows = [sample % ROLLOUTS for sample in kwargs["sample_ids"]]
         lengths = kwargs["cu_seqlens"].diff().tolist()
         states.append(dict(zip(rows, torch.split(hidden, lengths), strict=True)))
         weights.append(dict(zip(rows, torch.split(found.weights, lengths), strict=True)))
         return found
 
-    integration.distributed.span_weights = span_weights
+    distributed.span_weights = span_weights
     try:
         parameters = train(trainer)
     finally:
-        integration.distributed.span_weights = real
+        distributed.span_weights = real
     kinds = (type(trainer.model_wrapped).__name__, trainer.accelerator.distributed_type.value)
     return Run(parameters, states, weights, logged(trainer, "shear/mixed_groups"), kinds)
 

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 import tiny
-from shear_ops import SpanConfig, Weighting, labels_from_rewards, span_weights
+from shear_ops import SpanConfig, Weighting, distributed, labels_from_rewards, span_weights
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 pytest.importorskip(
@@ -24,7 +24,6 @@ from axolotl.core.trainers.grpo.trainer import AxolotlGRPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl.train import setup_model_and_trainer
 
-from shear_ops.integrations import trl as integration
 from shear_ops.integrations.trl import ShearMixin
 
 PLUGIN = "shear_ops.integrations.axolotl.ShearPlugin"
@@ -106,13 +105,13 @@ def test_weights_of_one_change_nothing(
     weighted = build(**settings)
     assert not torch.equal(train(weighted), wanted)
     assert max(logged(weighted, "shear/weight_max")) > 1
-    real = integration.distributed.span_weights
+    real = distributed.span_weights
 
     def ones(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         return found._replace(weights=torch.ones_like(found.weights))
 
-    monkeypatch.setattr(integration.distributed, "span_weights", ones)
+    monkeypatch.setattr(distributed, "span_weights", ones)
     assert torch.equal(train(build(**settings)), wanted)
 
 

@@ -308,39 +308,7 @@ def test_refuses_other_versions(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_refuses_rollouts_without_scores() -> None:
     with pytest.raises(ValueError, match="scores must be given with every rollout"):
-        integration._rows(SimpleNamespace(scores=None, index=[0]), 4, 0.5)
-
-
-def test_parse() -> None:
-    settings, rest = integration.parse(
-        ["--a", "-1", "--shear.threshold", "-0.5", "--b=c", "--shear.align=predictor", "--shear.spans.distance",
-         "chamfer", "--shear.spans.check_finite", "false", "--shear.weighting.clip", "0.5", "2", "--d", "x y"]
-    )  # fmt: skip
-    assert rest == ["--a", "-1", "--b=c", "--d", "x y"]
-    assert (settings.threshold, settings.align) == (-0.5, "predictor")
-    assert (settings.spans.distance, settings.spans.check_finite) == ("chamfer", False)
-    assert tuple(settings.weighting.clip) == (0.5, 2)
-    assert integration.parse([]) == (integration.Settings(), [])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shear.treshold", "1"], "must be among threshold, align, spans.span"),
-        (["--shear.spans", "1"], "must be among threshold, align, spans.span"),
-        (["--shear.spans.span", "0"], "span must be in"),
-        (["--shear.threshold", "half"], "threshold must be a number, got 'half'"),
-        (["--shear.align", "next"], "align must be token or predictor, got 'next'"),
-        (["--shear.weighting.clip", "1"], "--shear.weighting.clip: expected 2 arguments"),
-    ],
-)
-def test_wrong_arguments(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as raised:
-        integration.parse(arguments)
-    assert raised.value.code == 2
-    assert message in capsys.readouterr().err
+        integration.scored(SimpleNamespace(), [SimpleNamespace(scores=None, index=[0])])
 
 
 @pytest.mark.usefixtures("installed")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ranks
 import tiny
-from shear_ops import SpanConfig, span_weights
+from shear_ops import HiddenBank, SpanConfig, span_weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports use what torch deprecates
@@ -38,7 +38,7 @@ from swift.template import TemplateMeta, register_template
 from swift.trainers import TrainerFactory
 
 from shear_ops.integrations import swift as integration
-from shear_ops.training.settings import RewardSettings
+from shear_ops.training.settings import RewardSettings, refuse
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 SPANS = {"span": 4, "stride": 2, "tol": 1e-6, "n_iters": 2000}
@@ -148,14 +148,14 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 def force_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """All weights 1, whatever the states."""
-    real = integration.HiddenBank.finalize
+    real = HiddenBank.finalize
 
     def finalize(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         assert any(bool((row != 1).any()) for row in found.weights.values())  # not vacuous
         return found._replace(weights={k: torch.ones_like(w) for k, w in found.weights.items()})
 
-    monkeypatch.setattr(integration.HiddenBank, "finalize", finalize)
+    monkeypatch.setattr(HiddenBank, "finalize", finalize)
 
 
 @pytest.mark.parametrize(
@@ -395,18 +395,18 @@ def train_on_ranks(rank: int, size: int, folder: str) -> tuple[Tensor, list[Tens
     ).main()  # fmt: skip
     given_rollouts(trainer, rank * each)
     weights: list[Tensor] = []
-    real = integration.HiddenBank.finalize
+    real = HiddenBank.finalize
 
     def finalize(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         weights.append(torch.cat(list(found.weights.values())))
         return found
 
-    integration.HiddenBank.finalize = finalize  # type: ignore[method-assign]
+    HiddenBank.finalize = finalize  # type: ignore[method-assign]
     try:
         return train(trainer), weights, logged(trainer, "shear/mixed_groups")
     finally:
-        integration.HiddenBank.finalize = real  # type: ignore[method-assign]
+        HiddenBank.finalize = real  # type: ignore[method-assign]
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
@@ -480,7 +480,7 @@ def test_refuses_what_needs_more_than_a_cpu(name: str, value: Any) -> None:
         "advantage_reweight": None, "deepspeed": None,
     }  # fmt: skip
     template, kwargs = SimpleNamespace(sequence_parallel_size=1), {}
-    integration._refuse(SimpleNamespace(**args), template, {})
+    refuse(integration.refusals(SimpleNamespace(**args), template, {}))
     if name == "deepspeed_autotp_size":
         args["deepspeed"] = {"tensor_parallel": {"autotp_size": value}}
     elif name in args:
@@ -490,7 +490,7 @@ def test_refuses_what_needs_more_than_a_cpu(name: str, value: Any) -> None:
     else:
         kwargs[name] = value
     with pytest.raises(ValueError, match=f"^{name} must be .* with SHEAR, got "):
-        integration._refuse(SimpleNamespace(**args), template, kwargs)
+        refuse(integration.refusals(SimpleNamespace(**args), template, kwargs))
 
 
 def test_refuses_samples_that_have_no_correctness_of_their_own() -> None:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 import tiny
-from shear_ops import HiddenCapture, Weighting, span_weights
+from shear_ops import HiddenCapture, Weighting, distributed, span_weights
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 from trl import GRPOTrainer  # noqa: E402
 
 import grpo  # noqa: E402
 from grpo import SPANS, build, logged, train  # noqa: E402
-from shear_ops.integrations import trl as integration  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, attach  # noqa: E402
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
@@ -34,13 +33,13 @@ def work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """All weights 1, whatever the states."""
-    real = integration.distributed.span_weights
+    real = distributed.span_weights
 
     def span_weights(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         return found._replace(weights=torch.ones_like(found.weights))
 
-    monkeypatch.setattr(integration.distributed, "span_weights", span_weights)
+    monkeypatch.setattr(distributed, "span_weights", span_weights)
 
 
 def test_score_mode_is_like_loss_mode_when_shuffled() -> None:
@@ -80,14 +79,14 @@ def test_score_mode_equals_loss_mode(loss_type: str, monkeypatch: pytest.MonkeyP
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments and result of every computation of weights."""
     seen: list[dict[str, Any]] = []
-    real = integration.distributed.span_weights
+    real = distributed.span_weights
 
     def span_weights(hidden: Tensor, **kwargs: Any) -> Any:
         found = real(hidden, **kwargs)
         seen.append({"hidden": hidden, **kwargs, "weights": found.weights})
         return found
 
-    monkeypatch.setattr(integration.distributed, "span_weights", span_weights)
+    monkeypatch.setattr(distributed, "span_weights", span_weights)
     return seen
 
 
@@ -179,7 +178,7 @@ def test_labels_come_from_the_named_function(calls: list[dict[str, Any]]) -> Non
         shear = ShearConfig(correctness=correctness, mode="score", spans=SPANS)
         trainer = build(ShearGRPOTrainer, rewards=[tiny.short, correct], shear=shear)
         assert bool(train(trainer).isfinite().all())
-        labels = torch.cat([call["labels"] for call in calls]).tolist()
+        labels = [label for call in calls for label in call["labels"]]
         assert labels == [-1 if i % 8 == 3 else int(reward) for i, reward in enumerate(seen)]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from shear_ops import span_weights
+from shear_ops import distributed, span_weights
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 pytest.importorskip("PIL", reason="pillow is not installed")
@@ -23,7 +23,6 @@ transformers = pytest.importorskip(
 )
 
 import grpo  # noqa: E402
-from shear_ops.integrations import trl as integration  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer  # noqa: E402
 
 START, END, IMAGE, VIDEO = MARKS = (
@@ -107,7 +106,7 @@ def test_weights_are_those_of_one_forward_a_rollout(
     )  # fmt: skip
     grpo.give_completions(trainer)
     batches, calls = [], []
-    score, weigh = trainer._generate_and_score_completions, integration.distributed.span_weights
+    score, weigh = trainer._generate_and_score_completions, distributed.span_weights
 
     def remember(inputs: Any) -> dict[str, Any]:
         batches.append(score(inputs))
@@ -118,7 +117,7 @@ def test_weights_are_those_of_one_forward_a_rollout(
         return weigh(hidden, **kwargs)
 
     trainer._generate_and_score_completions = remember
-    monkeypatch.setattr(integration.distributed, "span_weights", span_weights_)
+    monkeypatch.setattr(distributed, "span_weights", span_weights_)
     grpo.train(trainer)
     (batch,), (call,) = batches, calls
     patches = torch.split(batch["pixel_values"], batch["image_grid_thw"].prod(1).tolist())

@@ -21,7 +21,7 @@ from trl import GRPOTrainer  # noqa: E402
 from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
 
 import grpo  # noqa: E402
-from shear_ops.integrations import trl as integration  # noqa: E402
+from shear_ops import distributed  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer  # noqa: E402
 
 LOGPROB = -3.3  # of every token; about log(1 / 32), so that importance ratios are near 1 but not 1
@@ -84,7 +84,7 @@ class Seen:
         self.states: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.extra = 0
-        loss, weigh = GRPOTrainer._compute_loss, integration.distributed.span_weights
+        loss, weigh = GRPOTrainer._compute_loss, distributed.span_weights
 
         def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
             self.inputs.append(inputs)
@@ -98,7 +98,7 @@ class Seen:
 
         with monkeypatch.context() as patch:
             patch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
-            patch.setattr(integration.distributed, "span_weights", span_weights)
+            patch.setattr(distributed, "span_weights", span_weights)
             if isinstance(trainer, ShearGRPOTrainer):
                 forward = trainer._forward_for_shear
 
@@ -158,13 +158,13 @@ def test_weights_are_those_without_vllm(
 @pytest.mark.parametrize("mode", ["score", "loss"])
 def test_weights_of_one_change_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Seen(build(GRPOTrainer, vllm=True), monkeypatch).parameters
-    real = integration.distributed.span_weights
+    real = distributed.span_weights
 
     def ones(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         return found._replace(weights=torch.ones_like(found.weights))
 
-    monkeypatch.setattr(integration.distributed, "span_weights", ones)
+    monkeypatch.setattr(distributed, "span_weights", ones)
     assert torch.equal(
         Seen(build(ShearGRPOTrainer, vllm=True, mode=mode), monkeypatch).parameters, wanted
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from shear_ops import SpanConfig, span_weights
+from shear_ops import SpanConfig, distributed, span_weights
 
 CACHE = tempfile.TemporaryDirectory()  # of generated code, which else goes where pytest was started
 os.environ |= {
@@ -40,7 +40,6 @@ from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from shear_ops.integrations import trl as integration  # noqa: E402
 from shear_ops.integrations import unsloth as layout  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, ShearMixin, attach  # noqa: E402
 
@@ -126,13 +125,13 @@ def test_weights_of_one_change_nothing(
     weighted = build(**config)
     assert not torch.equal(train(weighted), wanted)
     assert any(mean != 1 for mean in logged(weighted, "shear/weight_mean"))
-    real = integration.distributed.span_weights
+    real = distributed.span_weights
 
     def ones(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         return found._replace(weights=torch.ones_like(found.weights))
 
-    monkeypatch.setattr(integration.distributed, "span_weights", ones)
+    monkeypatch.setattr(distributed, "span_weights", ones)
     assert torch.equal(train(build(**config)), wanted)
     assert torch.equal(train(attach(build(GRPOTrainer, **config), SHEAR)), wanted)
 

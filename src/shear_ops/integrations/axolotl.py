@@ -25,13 +25,14 @@ values of ``rl``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 from pydantic import BaseModel, model_validator
 from trl import GRPOTrainer
 
+from ..training.settings import refuse
 from .trl import ShearConfig, attach
 
 ALGORITHMS = ("grpo", "gdpo")
@@ -91,20 +92,28 @@ def settings(file: Mapping[str, Any]) -> ShearConfig:
     if not isinstance(section, (Mapping, type(None))):
         raise TypeError(f"shear must be a section, got {section!r}")
     config = ShearConfig.parse(section or {})
-    if (algorithm := file.get("rl")) not in ALGORITHMS:
-        raise ValueError(f"rl must be {' or '.join(ALGORITHMS)} with shear, got {algorithm!r}")
-    if (ranks := file.get("context_parallel_size") or 1) > 1:
-        raise ValueError(
-            f"context_parallel_size must be 1 with shear, got {ranks}: the trainer for more scores "
-            "rollouts by itself, and each rank holds a part of a rollout"
-        )
-    for name in ("async_prefetch", "use_data_producer"):
-        if (file.get("trl") or {}).get(name):
-            raise ValueError(
-                f"trl.{name} must be false with shear, got true: the asynchronous trainer scores "
-                "rollouts by itself, without a pass for their hidden states"
-            )
+    refuse(refusals(file))
     return config
+
+
+def refusals(file: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in the configuration file."""
+    algorithm, ranks = file.get("rl"), file.get("context_parallel_size") or 1
+    yield (
+        algorithm not in ALGORITHMS,
+        f"rl must be {' or '.join(ALGORITHMS)} with shear, got {algorithm!r}",
+    )
+    yield (
+        ranks > 1,
+        f"context_parallel_size must be 1 with shear, got {ranks}: the trainer for more scores "
+        "rollouts by itself, and each rank holds a part of a rollout",
+    )
+    for name in ("async_prefetch", "use_data_producer"):
+        yield (
+            (file.get("trl") or {}).get(name),
+            f"trl.{name} must be false with shear, got true: the asynchronous trainer scores "
+            "rollouts by itself, without a pass for their hidden states",
+        )
 
 
 def _wanted(file: Mapping[str, Any]) -> bool:

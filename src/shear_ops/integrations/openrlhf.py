@@ -26,12 +26,11 @@ reinforce and flash_reinforce; the KL penalty in rewards; reward models; ring at
 
 from __future__ import annotations
 
-import argparse
-import json
 import runpy
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import chain, islice
 from typing import Any
 
 import openrlhf.utils
@@ -42,11 +41,10 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ray import ppo_actor
 from torch import Tensor
 
-from ..ops.api import labels_from_rewards
-from ..training.bank import HiddenBank
 from ..training.capture import HiddenCapture
-from ..training.distributed import mixed_groups
-from ..training.settings import Settings
+from ..training.metrics import of_weights
+from ..training.round import Rollouts, Round, lay_back
+from ..training.settings import Settings, refuse
 
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
 
@@ -61,14 +59,14 @@ class ShearPolicy:
         """As PolicyModelActor."""
         super().init_model_from_pretrained(strategy, *args, **kwargs)  # type: ignore[misc]
         self._shear_capture = HiddenCapture(self.actor.model, align=strategy.args.shear.align)
-        self._shear_bank = HiddenBank()
+        self._shear_round = Round(strategy.args.shear)
 
     def forward(
         self,
         sequences: Tensor,
         action_mask: Tensor,
         attention_mask: Tensor,
-        shear_rows: dict[str, Any],
+        shear_rollouts: Rollouts,
         **kwargs: Any,
     ) -> Any:
         """As PolicyModelActor; banks the states of the actions.
@@ -76,7 +74,7 @@ class ShearPolicy:
         Args:
             sequences, attention_mask: (B, S). action_mask: (B, S - 1), of the tokens after the
                 first.
-            shear_rows: sample_ids, group_ids and labels, as in HiddenBank.add.
+            shear_rollouts: the B of them.
         """
         mask = action_mask
         if self.actor.packing_samples:  # one row of all tokens that are not padding
@@ -89,23 +87,13 @@ class ShearPolicy:
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        lengths = action_mask.bool().sum(1)
-        self._shear_bank.add(
-            recording.hidden,
-            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-            **shear_rows,
-        )
+        self._shear_round.add(recording.hidden, action_mask.bool().sum(1), shear_rollouts)
         return log_probs
 
     def shear_weights(self) -> dict[int, Tensor]:
         """Token weights of this actor's rollouts by sample id, on the CPU. Collective."""
-        settings = self.strategy.args.shear
-        found = self._shear_bank.finalize(
-            self.strategy.ds_device_mesh["dp"].get_group(),
-            config=settings.spans,
-            weighting=settings.weighting,
-            step=self.actor.model.global_steps,
-        )
+        group = self.strategy.ds_device_mesh["dp"].get_group()
+        found = self._shear_round.finish(self.actor.model.global_steps, group)
         return {sample: weights.cpu() for sample, weights in found.weights.items()}
 
 
@@ -114,35 +102,26 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
 
     def make_experience(self, samples_list: list[Any]) -> list[Any]:
         """As RemoteExperienceMaker, with shear_weights (B, S - 1) in info of the experiences."""
-        group_size = self.args.rollout.n_samples_per_prompt
-        threshold = self.args.shear.threshold
-        rows = [_rows(samples, group_size, threshold) for samples in samples_list]
-        groups, labels = (
-            [value for row in rows for value in row[name]] for name in ("group_ids", "labels")
-        )
-        mixed = mixed_groups(groups, labels)
-        for row in rows:  # other groups have weights of 1, whatever their states
-            row["labels"] = [
-                label if group in mixed else -1
-                for group, label in zip(row["group_ids"], row["labels"], strict=True)
-            ]
-        self._shear_rows, self._shear_mixed = rows, len(mixed) / len(set(groups))
+        rollouts = scored(self.args, samples_list)
+        places = iter(range(len(rollouts)))
+        parts = [rollouts.at(islice(places, len(samples.index))) for samples in samples_list]
+        self._shear_rollouts, self._shear_mixed = parts, rollouts.mixed_share
         experiences: list[Any] = super().make_experience(samples_list)
         replicas = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
         weights: dict[int, Tensor] = {}
         for part in ray.get(self._shear_refs)[::replicas]:
             weights |= part
         for experience in experiences:
-            full = torch.ones(experience.action_mask.shape, dtype=torch.float32)
-            full[experience.action_mask.bool()] = torch.cat([weights[i] for i in experience.index])
-            experience.info["shear_weights"] = full
+            experience.info["shear_weights"] = lay_back(
+                [weights[i] for i in experience.index], experience.action_mask
+            )
         return experiences
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
         if group is not self.actor_model_group:
             return super()._dispatch_forward(group, sync_condition, **kwargs)
         refs = super()._dispatch_forward(
-            group, sync_condition, shear_rows=self._shear_rows, **kwargs
+            group, sync_condition, shear_rollouts=self._shear_rollouts, **kwargs
         )
         self._shear_refs = group.async_run_method(method_name="shear_weights")
         if sync_condition:  # other models run on the same GPUs: the bank must be empty by then
@@ -160,15 +139,11 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
                 for part, experience in zip(weights, experiences, strict=True)
             ]
         )
-        logged = {
-            "weight_mean": taken.mean().item(),
-            "weight_max": taken.max().item(),
-            "mixed_groups": self._shear_mixed,
-        }
+        logged = of_weights(taken) | {"shear/mixed_groups": self._shear_mixed}
         for experience, part in zip(experiences, weights, strict=True):
             experience.advantages = experience.advantages * part
             for name, value in logged.items():  # OpenRLHF logs means over rollouts
-                experience.info[f"shear/{name}"] = torch.full((len(part),), value)
+                experience.info[name] = torch.full((len(part),), value)
         return experiences
 
 
@@ -190,56 +165,72 @@ class ShearTrainer:
         )
 
 
-def _rows(samples: Any, group_size: int, threshold: float) -> dict[str, list[int]]:
-    if samples.scores is None:
-        raise ValueError(
+def scored(args: Any, samples_list: list[Any]) -> Rollouts:
+    """All rollouts of samples_list, in its order.
+
+    Raises:
+        ValueError: for samples without scores.
+    """
+    refuse(
+        (
+            samples.scores is None,
             "scores must be given with every rollout by the reward function, the reward server or "
-            "the agent with shear.*, got none: they tell whether a rollout is correct"
+            "the agent with shear.*, got none: they tell whether a rollout is correct",
         )
-    return {
-        "sample_ids": samples.index,
-        "group_ids": [index // group_size for index in samples.index],
-        "labels": labels_from_rewards(samples.scores, threshold).tolist(),
-    }
+        for samples in samples_list
+    )
+    index = list(chain.from_iterable(samples.index for samples in samples_list))
+    return Rollouts.scored(
+        torch.cat([samples.scores for samples in samples_list]),
+        args.shear.threshold,
+        sample_ids=index,
+        group_ids=[sample // args.rollout.n_samples_per_prompt for sample in index],
+    )
 
 
-def check(args: Any) -> None:
-    """Raise ValueError for arguments of OpenRLHF that SHEAR cannot work with, naming them."""
-    if not (found := version("openrlhf")).startswith("0.11."):
-        raise ValueError(f"openrlhf must be 0.11 with shear.*, got {found}: others were not read")
-    if (estimator := args.algo.advantage.estimator) not in GROUP_ESTIMATORS:
-        raise ValueError(
-            f"algo.advantage.estimator must be one of {', '.join(GROUP_ESTIMATORS)} with shear.*, "
-            f"got {estimator}: token weights compare the rollouts of a group"
-        )
-    if (loss := args.actor.policy_loss_type) != "ppo":
-        raise ValueError(
-            f"actor.policy_loss_type must be ppo with shear.*, got {loss}: with one ratio per "
-            "rollout, token weights reduce to their mean"
-        )
-    if args.algo.kl.init_coef > 0 and not args.algo.kl.use_loss:
-        raise ValueError(
-            "algo.kl.init_coef must be 0 with shear.*, or algo.kl.use_loss given, got "
-            f"{args.algo.kl.init_coef}: with the penalty in the rewards, token weights would "
-            "multiply it"
-        )
-    if not args.reward.remote_url:
-        raise ValueError(
-            "reward.remote_url or train.agent_func_path must be given with shear.*, got neither: "
-            "the reward of a model does not tell whether a rollout is correct"
-        )
-    if (ring := args.ds.ring_attn_size) != 1:
-        raise ValueError(
-            f"ds.ring_attn_size must be 1 with shear.*, got {ring}: each rank has a slice of the "
-            "hidden states of every rollout"
-        )
+def refusals(args: Any) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in OpenRLHF's arguments."""
+    found = version("openrlhf")
+    yield (
+        not found.startswith("0.11."),
+        f"openrlhf must be 0.11 with shear.*, got {found}: others were not read",
+    )
+    estimator, loss, ring = (
+        args.algo.advantage.estimator, args.actor.policy_loss_type, args.ds.ring_attn_size
+    )  # fmt: skip
+    yield (
+        estimator not in GROUP_ESTIMATORS,
+        f"algo.advantage.estimator must be one of {', '.join(GROUP_ESTIMATORS)} with shear.*, "
+        f"got {estimator}: token weights compare the rollouts of a group",
+    )
+    yield (
+        loss != "ppo",
+        f"actor.policy_loss_type must be ppo with shear.*, got {loss}: with one ratio per "
+        "rollout, token weights reduce to their mean",
+    )
+    yield (
+        args.algo.kl.init_coef > 0 and not args.algo.kl.use_loss,
+        "algo.kl.init_coef must be 0 with shear.*, or algo.kl.use_loss given, got "
+        f"{args.algo.kl.init_coef}: with the penalty in the rewards, token weights would "
+        "multiply it",
+    )
+    yield (
+        not args.reward.remote_url,
+        "reward.remote_url or train.agent_func_path must be given with shear.*, got neither: "
+        "the reward of a model does not tell whether a rollout is correct",
+    )
+    yield (
+        ring != 1,
+        f"ds.ring_attn_size must be 1 with shear.*, got {ring}: each rank has a slice of the "
+        "hidden states of every rollout",
+    )
 
 
 def install(settings: Settings) -> None:
     """Replace OpenRLHF's actor classes in this process, and its get_strategy, which checks first.
 
     Raises:
-        ValueError: from get_strategy, as check.
+        ValueError: from get_strategy, for what is in refusals.
     """
     for module, name, mixin, gpus in (
         (ppo_actor, "PolicyModelActor", ShearPolicy, 1),
@@ -254,67 +245,20 @@ def install(settings: Settings) -> None:
     make = openrlhf.utils.get_strategy
 
     def get_strategy(args: Any) -> Any:
-        check(args)
+        refuse(refusals(args))
         args.shear = settings
         return make(args)
 
     openrlhf.utils.get_strategy = get_strategy
 
 
-def parse(arguments: list[str]) -> tuple[Settings, list[str]]:
-    """Take --shear.* off the command line; exits with a message if one is wrong.
-
-    Returns:
-        Settings, and the arguments for OpenRLHF.
-    """
-    parser = argparse.ArgumentParser(
-        "python -m shear_ops.integrations.openrlhf",
-        usage="%(prog)s [--shear.NAME VALUE ...] <arguments of openrlhf.cli.train_ppo_ray>",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    names = []
-    for section, default in asdict(Settings()).items():
-        nested = default if isinstance(default, dict) else {"": default}
-        for name, value in nested.items():
-            names.append(f"{section}.{name}".rstrip("."))
-            parser.add_argument(
-                f"--shear.{names[-1]}",
-                dest=names[-1],
-                type=_value,
-                nargs=2 if name == "clip" else None,
-                metavar=("LOW", "HIGH") if name == "clip" else "VALUE",
-                default=argparse.SUPPRESS,
-                help=f"default {json.dumps(value)}",
-            )
-    given, rest = parser.parse_known_args(arguments)
-    if unknown := [argument for argument in rest if argument.startswith("--shear")]:
-        parser.error(f"--shear.* must be among {', '.join(names)}, got {', '.join(unknown)}")
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-    made: dict[str, Any] = {}
-    for path, value in vars(given).items():
-        section, _, name = path.partition(".")
-        if name:
-            made.setdefault(section, {})[name] = value
-        else:
-            made[section] = value
-    try:
-        return Settings.parse(made), rest
-    except (TypeError, ValueError) as error:
-        parser.error(f"--shear: {error}")
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def main() -> None:
     """Run OpenRLHF's command with SHEAR."""
-    settings, sys.argv[1:] = parse(sys.argv[1:])
+    settings, sys.argv[1:] = Settings.take(
+        sys.argv[1:],
+        "python -m shear_ops.integrations.openrlhf",
+        "<arguments of openrlhf.cli.train_ppo_ray>",
+    )
     install(settings)
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
 

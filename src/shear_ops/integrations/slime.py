@@ -39,7 +39,7 @@ than ``--qkv-format thd``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Real
 from typing import Any
@@ -50,11 +50,9 @@ from megatron.core import mpu
 from slime.utils.ppo_utils import get_grpo_returns
 from torch import Tensor, nn
 
-from ..ops.api import labels_from_rewards
-from ..training.bank import HiddenBank
 from ..training.capture import HiddenCapture
-from ..training.distributed import mixed_groups
-from ..training.settings import Settings
+from ..training.round import Rollouts, Round, lay_back
+from ..training.settings import Settings, refuse
 from .megatron import Layout, final_norm, own_part
 
 ESTIMATORS = ("grpo", "cispo")
@@ -98,30 +96,35 @@ def check(args: Any) -> Settings:
     if not isinstance(section, Mapping) and section is not None:
         raise TypeError(f"shear must be a section of --custom-config-path, got {section!r}")
     settings = Settings.parse(section or {})
-    if (estimator := args.advantage_estimator) not in ESTIMATORS:
-        raise ValueError(
-            f"--advantage-estimator must be {' or '.join(ESTIMATORS)}, got {estimator}: token "
-            "weights multiply GRPO's advantages, and with gspo's one ratio per rollout they "
-            "reduce to their mean"
-        )
-    if args.normalize_advantages:
-        raise ValueError(
-            "--normalize-advantages must be off, got on: it whitens after the weights, which can "
-            "turn the sign of an advantage"
-        )
-    if args.use_rollout_logprobs and not args.get_mismatch_metrics:
-        raise ValueError(
-            "--use-rollout-logprobs must be off, got on: it skips the pass for the old "
-            "log-probabilities, which gives the hidden states (--get-mismatch-metrics keeps it)"
-        )
-    if (layout := getattr(args, "qkv_format", "thd")) != "thd":
-        raise ValueError(f"--qkv-format must be thd, got {layout}: only packed samples are read")
-    if settings.weighting.warmup_steps and getattr(args, "release_train", False):
-        raise ValueError(
-            "shear.weighting.warmup_steps must be 0 with --release-train, got "
-            f"{settings.weighting.warmup_steps}: it starts the count of steps again every rollout"
-        )
+    refuse(refusals(args, settings))
     return settings
+
+
+def refusals(args: Any, settings: Settings) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in slime's arguments."""
+    layout, warmup = getattr(args, "qkv_format", "thd"), settings.weighting.warmup_steps
+    yield (
+        args.advantage_estimator not in ESTIMATORS,
+        f"--advantage-estimator must be {' or '.join(ESTIMATORS)}, got "
+        f"{args.advantage_estimator}: token weights multiply GRPO's advantages, and with gspo's "
+        "one ratio per rollout they reduce to their mean",
+    )
+    yield (
+        args.normalize_advantages,
+        "--normalize-advantages must be off, got on: it whitens after the weights, which can "
+        "turn the sign of an advantage",
+    )
+    yield (
+        args.use_rollout_logprobs and not args.get_mismatch_metrics,
+        "--use-rollout-logprobs must be off, got on: it skips the pass for the old "
+        "log-probabilities, which gives the hidden states (--get-mismatch-metrics keeps it)",
+    )
+    yield layout != "thd", f"--qkv-format must be thd, got {layout}: only packed samples are read"
+    yield (
+        warmup and getattr(args, "release_train", False),
+        f"shear.weighting.warmup_steps must be 0 with --release-train, got {warmup}: it starts "
+        "the count of steps again every rollout",
+    )
 
 
 def before_log_prob(args: Any, model: Sequence[nn.Module], store_prefix: str) -> None:
@@ -179,12 +182,17 @@ def _weights(args: Any, settings: Settings, data: dict[str, Any]) -> list[Tensor
             "slime.backends.megatron_utils.loss.policy_loss_function), or "
             "--custom-megatron-before-log-prob-hook-path does not name before_log_prob"
         )
-    labels = _labels(data, settings.threshold)
-    groups = _groups(args, data)
     # every rank of a tensor- and context-parallel group has all rollouts and takes its share
     team = mpu.get_tensor_and_context_parallel_group()
     process_group = mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    bank = HiddenBank(mixed_groups=mixed_groups(groups, labels, process_group=process_group))
+    rollouts = Rollouts.scored(
+        _rewards(data),
+        settings.threshold,
+        sample_ids=data["partition"],
+        group_ids=_groups(args, data),
+        process_group=process_group,
+    )
+    made = Round(settings)
     masks = [mask.bool() for mask in data["loss_masks"]]
     layout = Layout(args.sequence_parallel, getattr(args, "allgather_cp", False))
     for members in micro_batches:
@@ -195,37 +203,30 @@ def _weights(args: Any, settings: Settings, data: dict[str, Any]) -> list[Tensor
                 first = total - data["response_lengths"][i] - (settings.align == "predictor")
                 wanted = first + masks[i].nonzero()[:, 0]
                 rank, place = layout.places(wanted, total)
-                states = stream[rank, start + place]
-                bank.add(
-                    states,
-                    cu_seqlens=torch.tensor([0, len(states)]),
-                    sample_ids=[data["partition"][i]],
-                    group_ids=[groups[i]],
-                    labels=[labels[i]],
-                )
+                made.add(stream[rank, start + place], [len(wanted)], rollouts.at([i]))
             start += layout.rows(total)
-    found = bank.finalize(
-        process_group, config=settings.spans, weighting=settings.weighting, step=_recorder.steps
-    ).weights
-    rows = [torch.zeros(len(mask), device=mask.device) for mask in masks]
-    for row, mask, sample in zip(rows, masks, data["partition"], strict=True):
-        if sample in found:
-            row.fill_(1.0)[mask] = found[sample].to(row.device)
-    flat = torch.cat(rows)
+    found = made.finish(_recorder.steps, process_group).weights
+    flat = torch.cat(
+        [
+            lay_back([found[sample]], mask)
+            if sample in found
+            else torch.zeros(len(mask), device=mask.device)
+            for mask, sample in zip(masks, data["partition"], strict=True)
+        ]
+    )
     dist.all_reduce(flat, group=team)  # exact: all but one are 0
-    whole = torch.split(flat, [len(row) for row in rows])
+    whole = torch.split(flat, [len(mask) for mask in masks])
     return [own_part(row, total) for row, total in zip(whole, data["total_lengths"], strict=True)]
 
 
-def _labels(data: dict[str, Any], threshold: float) -> list[int]:
+def _rewards(data: dict[str, Any]) -> Tensor:
     # raw_reward is of all ranks, unlike the rest; partition says which are ours
     rewards = [data["raw_reward"][i] for i in data["partition"]]
     for reward in rewards:
         if reward is not None and not isinstance(reward, Real):
             raise TypeError(f"raw_reward must be a number (see --reward-key), got {reward!r}")
     values = [float("nan") if reward is None else float(reward) for reward in rewards]
-    labels = labels_from_rewards(torch.tensor(values, dtype=torch.float64), threshold)
-    return [int(label) for label in labels]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _groups(args: Any, data: dict[str, Any]) -> list[int]:

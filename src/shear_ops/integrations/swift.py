@@ -39,14 +39,11 @@ from swift.rlhf_trainers import GRPOTrainer
 from swift.rlhf_trainers.utils import get_even_process_data
 from swift.trainers import TrainerFactory
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..ops.api import labels_from_rewards
-from ..training.bank import HiddenBank
 from ..training.capture import HiddenCapture
-from ..training.distributed import mixed_groups
 from ..training.metrics import log_weights
-from ..training.settings import RewardSettings
+from ..training.round import Rollouts, Round, lay_back
+from ..training.settings import RewardSettings, refuse
 
 OLDEST_SWIFT = (4, 6)
 
@@ -70,10 +67,9 @@ class ShearMixin(_Base):  # type: ignore[misc]
         Raises:
             ValueError: for a setting of ms-swift that token weights cannot work with.
         """
-        _refuse(kwargs["args"], kwargs["template"], kwargs)
+        refuse(refusals(kwargs["args"], kwargs["template"], kwargs))
         self._shear_capture: HiddenCapture | None = None
-        self._shear_bank: HiddenBank | None = None
-        self._shear_rollouts: Iterator[tuple[int, int, int]] = iter(())
+        self._shear_round: Round | None = None
         super().__init__(*args, **kwargs)
 
     def _prepare_rewards(self, reward_funcs: Any, *args: Any, **kwargs: Any) -> None:
@@ -85,64 +81,53 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self._shear_correctness = self.shear_settings.position_of_correctness(names)
 
     def _prepare_batch_inputs(self, samples: Any) -> Any:
-        _refuse_samples(self, samples)
+        refuse(refusals_of_samples(self, samples))
         settings = self.shear_settings
         if self._shear_capture is None:  # not earlier: the model was not wrapped yet
             self._shear_capture = HiddenCapture(self.model, align=settings.align)
         # places among the rollouts of all ranks, as ms-swift deals out their advantages
         places = get_even_process_data(self, range(len(self._rewards_per_func)))
         rewards = self._rewards_per_func[places.start : places.stop, self._shear_correctness]
-        labels = labels_from_rewards(rewards, settings.threshold).tolist()
-        if self.overlong_filter:
-            truncated = [sample.is_truncated for sample in samples]
-            labels = [-1 if cut else label for cut, label in zip(truncated, labels, strict=True)]
         size = self.num_generations if self.model.training else self.num_generations_eval
-        groups = [place // size for place in places]
-        self._shear_bank = HiddenBank(mixed_groups=mixed_groups(groups, labels))
-        self._shear_rollouts = zip(places, groups, labels, strict=True)
+        self._shear_rollouts = Rollouts.scored(
+            rewards,
+            settings.threshold,
+            sample_ids=places,
+            group_ids=[place // size for place in places],
+            ignored=[s.is_truncated for s in samples] if self.overlong_filter else None,
+        )
+        self._shear_round = Round(settings)
         return super()._prepare_batch_inputs(samples)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, model_inputs: Any, grpo_batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
         compute = super()._get_per_token_logps_and_entropies
-        bank, capture = self._shear_bank, self._shear_capture
+        made, capture = self._shear_round, self._shear_capture
         # passes of a batch that has old log-probabilities are the reference's or the loss's
-        if bank is None or capture is None or grpo_batch.old_per_token_logps is not None:
+        if made is None or capture is None or grpo_batch.old_per_token_logps is not None:
             return compute(model, model_inputs, grpo_batch, *args, **kwargs)
         mask = grpo_batch.completion_mask
         wanted = _flattened(grpo_batch) if self.template.padding_free else mask
         with capture.recording(wanted) as recording:
             result = compute(model, model_inputs, grpo_batch, *args, **kwargs)
-        samples, groups, labels = zip(*islice(self._shear_rollouts, len(mask)), strict=True)
-        bank.add(
-            recording.hidden,
-            cu_seqlens=pad(mask.sum(1).cumsum(0), (1, 0)),
-            sample_ids=samples,
-            group_ids=groups,
-            labels=labels,
-        )
+        rollouts = self._shear_rollouts.at(range(len(made), len(made) + len(mask)))
+        made.add(recording.hidden, mask.sum(1), rollouts)
         return result
 
     def _postprocess_batch(self, samples: Any, batch_encoded_inputs: Any) -> None:
         super()._postprocess_batch(samples, batch_encoded_inputs)
-        bank, self._shear_bank = self._shear_bank, None
-        if bank is None or len(bank) != len(samples):
+        made, self._shear_round = self._shear_round, None
+        if made is None or len(made) != len(samples):
             raise RuntimeError(
-                f"passes for old log-probabilities gave the states of {len(bank or ())} rollouts, "
+                f"passes for old log-probabilities gave the states of {len(made or ())} rollouts, "
                 f"wanted {len(samples)}: ms-swift {swift.__version__} makes them elsewhere"
             )
-        found = bank.finalize(
-            config=self.shear_settings.spans,
-            weighting=self.shear_settings.weighting,
-            step=self.state.global_step,
-        )
+        found = made.finish(self.state.global_step)
         rows = iter(found.weights.values())  # as added: micro-batch by micro-batch
         for batch in (encoded["grpo_batch"] for encoded in batch_encoded_inputs):
-            mask = batch.completion_mask.bool()
-            weights = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
-            weights[mask] = torch.cat(list(islice(rows, len(mask))))
-            batch.advantages = batch.advantages * weights
+            mask = batch.completion_mask
+            batch.advantages = batch.advantages * lay_back(islice(rows, len(mask)), mask)
         metrics = self._metrics["train" if self.model.training else "eval"]
         log_weights(self.accelerator, torch.cat(list(found.weights.values())), found, metrics)
 
@@ -179,10 +164,12 @@ def _flattened(batch: Any) -> Tensor:
     return torch.cat([row[len(row) - length :] for row, length in rows])[None]
 
 
-def _refuse(args: Any, template: Any, kwargs: dict[str, Any]) -> None:
+def refusals(args: Any, template: Any, kwargs: dict[str, Any]) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in ms-swift's arguments and a trainer's own."""
     deepspeed = args.deepspeed if isinstance(args.deepspeed, dict) else {}
     parallel = deepspeed.get("tensor_parallel", {}).get("autotp_size", 1)
     replicas = "token weights are computed over pure data parallelism"
+    teacher = "a teacher's advantages are no credit for a reward"
     rules: list[tuple[str, Any, list[Any], str]] = [
         ("use_liger_kernel", args.use_liger_kernel, [False],
          "the Liger loss takes one advantage per rollout"),
@@ -195,25 +182,23 @@ def _refuse(args: Any, template: Any, kwargs: dict[str, Any]) -> None:
         ("deepspeed_autotp_size", parallel, [1], replicas),
         ("advantage_reweight", args.advantage_reweight, [None],
          "it is another method's token weight"),
+        *((name, kwargs.get(name), [None, False], teacher)
+          for name in ("teacher_model", "teacher_model_server", "teacher_use_disable_adapter")),
     ]  # fmt: skip
-    rules += [
-        (name, kwargs.get(name), [None, False], "a teacher's advantages are no credit for a reward")
-        for name in ("teacher_model", "teacher_model_server", "teacher_use_disable_adapter")
-    ]
     for name, value, wanted, why in rules:
-        if value not in wanted:
-            listed = " or ".join(repr(item) for item in wanted)
-            raise ValueError(f"{name} must be {listed} with SHEAR, got {value!r}: {why}")
+        listed = " or ".join(map(repr, wanted))
+        yield value not in wanted, f"{name} must be {listed} with SHEAR, got {value!r}: {why}"
 
 
-def _refuse_samples(trainer: Any, samples: Any) -> None:
-    if trainer.dynamic_num_samples:
-        raise ValueError(
-            "multi_turn_scheduler must make one sample of each request with SHEAR, got several: "
-            "parts of one trajectory have no correctness of their own"
-        )
-    if any(sample.teacher_prompt or sample.teacher_images is not None for sample in samples):
-        raise ValueError(
-            "dataset must have no column teacher_prompt or teacher_images with SHEAR: a teacher's "
-            "advantages are no credit for a reward"
-        )
+def refusals_of_samples(trainer: Any, samples: Any) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in rollouts."""
+    yield (
+        trainer.dynamic_num_samples,
+        "multi_turn_scheduler must make one sample of each request with SHEAR, got several: "
+        "parts of one trajectory have no correctness of their own",
+    )
+    yield (
+        any(sample.teacher_prompt or sample.teacher_images is not None for sample in samples),
+        "dataset must have no column teacher_prompt or teacher_images with SHEAR: a teacher's "
+        "advantages are no credit for a reward",
+    )

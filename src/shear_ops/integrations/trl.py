@@ -30,7 +30,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,10 +39,10 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from ..ops.api import labels_from_rewards
-from ..training import distributed
-from ..training.capture import HiddenCapture, Recording
+from ..training.capture import HiddenCapture, Recording, evaluating
 from ..training.metrics import log_weights
-from ..training.settings import RewardSettings
+from ..training.round import Rollouts, lay_back, weigh
+from ..training.settings import RewardSettings, refuse
 from .unsloth import UnslothLayout, generated
 
 MODES = ("auto", "loss", "score")
@@ -93,7 +92,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self.shear_config = config = ShearConfig() if config is None else config
         if not isinstance(config, ShearConfig):
             raise TypeError(f"shear_config must be a ShearConfig, got {config!r}")
-        _refuse(self)
+        refuse(refusals(self))
         _warn_of_dropout(self.model)
         if generated(type(self)) and not isinstance(self, UnslothLayout):
             raise TypeError(
@@ -158,7 +157,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
         # through trl's own method, which knows how this model wants images, chunks and autocast
         wanted = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
         args = self.args
-        with torch.no_grad(), _evaluating(self.model):  # dropout would tell equal tokens apart
+        with torch.no_grad(), evaluating(self.model):  # dropout would tell equal tokens apart
             self._get_per_token_logps_and_entropies(
                 self.model,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
@@ -227,22 +226,16 @@ class ShearMixin(_Base):  # type: ignore[misc]
         """Replace the advantages (B,) of a batch by weighted ones (B, C)."""
         completion = self._shear_completion(batch)
         mask = completion & batch["tool_mask"].bool() if "tool_mask" in batch else completion
-        lengths = mask.sum(1).cumsum(0)
-        training = self.model.training
+        training, samples = self.model.training, batch["shear_samples"].tolist()
         group_size = self.num_generations if training else self.num_generations_eval
-        found = distributed.span_weights(
+        found = weigh(
+            self.shear_config,
             recording.hidden[mask[completion]],
-            cu_seqlens=torch.nn.functional.pad(lengths, (1, 0)),
-            group_ids=batch["shear_samples"] // group_size,
-            labels=batch["shear_labels"],
-            sample_ids=batch["shear_samples"],
-            config=self.shear_config.spans,
-            weighting=self.shear_config.weighting,
-            step=self.state.global_step,
+            mask.sum(1),
+            Rollouts(samples, [i // group_size for i in samples], batch["shear_labels"].tolist()),
+            self.state.global_step,
         )
-        weights = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
-        weights[mask] = found.weights
-        batch["advantages"] = batch["advantages"][:, None] * weights
+        batch["advantages"] = batch["advantages"][:, None] * lay_back([found.weights], mask)
         metrics = self._metrics["train" if training else "eval"]
         log_weights(self.accelerator, found.weights, found, metrics)
 
@@ -285,33 +278,34 @@ def attach(trainer: Trainer, shear_config: ShearConfig | None = None) -> Trainer
     return trainer
 
 
-def _refuse(trainer: Any) -> None:
+def refusals(trainer: Any) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in a trainer."""
     version = tuple(int(part) for part in trl.__version__.split(".")[:2])
-    if version < OLDEST_TRL:
-        raise ValueError(
-            f"trl must be 0.29 or later, got {trl.__version__}: earlier losses take one advantage "
-            "per rollout"
-        )
-    if trainer.importance_sampling_level != "token":
-        raise ValueError(
-            "importance_sampling_level must be 'token', got "
-            f"{trainer.importance_sampling_level!r}: with one ratio per rollout, token weights "
-            "reduce to their mean"
-        )
+    yield (
+        version < OLDEST_TRL,
+        f"trl must be 0.29 or later, got {trl.__version__}: earlier losses take one advantage "
+        "per rollout",
+    )
+    yield (
+        trainer.importance_sampling_level != "token",
+        "importance_sampling_level must be 'token', got "
+        f"{trainer.importance_sampling_level!r}: with one ratio per rollout, token weights "
+        "reduce to their mean",
+    )
     owner = next(
         cls
         for cls in type(trainer).__mro__
         if cls is not ShearMixin and "_compute_loss" in vars(cls)
     )
-    if owner is not GRPOTrainer and owner.__module__.startswith("trl."):
-        raise ValueError(
-            f"trainer must not be trl's {owner.__name__}: its loss takes one advantage per rollout"
-        )
-    if trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"):
-        raise ValueError(
-            "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
-            "rollout (newer versions of trl leave the loss alone)"
-        )
+    yield (
+        owner is not GRPOTrainer and owner.__module__.startswith("trl."),
+        f"trainer must not be trl's {owner.__name__}: its loss takes one advantage per rollout",
+    )
+    yield (
+        trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"),
+        "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
+        "rollout (newer versions of trl leave the loss alone)",
+    )
 
 
 def _warn_of_dropout(model: nn.Module) -> None:
@@ -322,15 +316,3 @@ def _warn_of_dropout(model: nn.Module) -> None:
             "are taken from trl's own forwards. disable_dropout=True in GRPOConfig turns it off",
             stacklevel=2,
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back: of every module that was training, not of those that were not."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -22,19 +22,18 @@ only: Unsloth's own patched models, a GPU, vLLM, several processes. Not supporte
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .trl import ShearMixin
+from ..training.settings import refuse
 
 SWITCHES = ("UNSLOTH_GRPO_SEQ_PACKING", "UNSLOTH_GRPO_PREFIX_GROUPER")
 TRAINER = "UnslothGRPOTrainer"
 
-# a mixin at run time; for type checkers what it goes before
-_Base: Any = ShearMixin if TYPE_CHECKING else object
+_Base: Any = object  # a mixin, which calls the methods of what it goes before
 
 
 def generated(trainer: type) -> type | None:
@@ -46,30 +45,21 @@ class UnslothLayout(_Base):  # type: ignore[misc]
     """For ShearMixin, which it goes before: tokens are where Unsloth moves them."""
 
     def _shear_choose_mode(self, wanted: str) -> str:
-        # as Unsloth read them when it was imported: the environment may say something else by now
-        settings = vars(sys.modules[generated(type(self)).__module__])
-        for name in SWITCHES:
-            if settings.get(f"{name}_ON", False):
-                raise ValueError(
-                    f"{name} must be 0 when unsloth is imported, got 1: packed passes have other "
-                    "rows than the batch, so that hidden states cannot be assigned to tokens"
-                )
-        if wanted == "loss":
-            raise ValueError(
-                "mode must be 'score' or 'auto' with Unsloth, got 'loss': its loss makes no pass "
-                "that could be recorded"
-            )
+        refuse(refusals(type(self), wanted))
         return "score"
 
     def _shear_recorded(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
         return scored(input_ids, attention_mask, completion, self._shear_pad)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        if found := [name for name in ("image", "images") if name in inputs[0]]:
-            raise ValueError(
-                f"prompts must be text with Unsloth, got a column {found[0]}: its pass for "
-                "log-probabilities has another layout with images"
+        refuse(
+            (
+                name in inputs[0],
+                f"prompts must be text with Unsloth, got a column {name}: its pass for "
+                "log-probabilities has another layout with images",
             )
+            for name in ("image", "images")
+        )
         return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]
 
     def _shear_completion(self, batch: dict[str, Any]) -> Tensor:
@@ -82,6 +72,23 @@ class UnslothLayout(_Base):  # type: ignore[misc]
     @property
     def _shear_pad(self) -> int:
         return int(self.processing_class.pad_token_id)
+
+
+def refusals(trainer: type, mode: str) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in Unsloth's switches and a mode of ShearConfig."""
+    # as Unsloth read them when it was imported: the environment may say something else by now
+    settings = vars(sys.modules[generated(trainer).__module__])
+    for name in SWITCHES:
+        yield (
+            settings.get(f"{name}_ON", False),
+            f"{name} must be 0 when unsloth is imported, got 1: packed passes have other "
+            "rows than the batch, so that hidden states cannot be assigned to tokens",
+        )
+    yield (
+        mode == "loss",
+        "mode must be 'score' or 'auto' with Unsloth, got 'loss': its loss makes no pass "
+        "that could be recorded",
+    )
 
 
 def tokens(completion_ids: Tensor, mask: Tensor, pad: int) -> Tensor:

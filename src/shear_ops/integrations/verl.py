@@ -26,6 +26,7 @@ Megatron and other engines, the legacy trainer and the experimental ones built o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
@@ -38,12 +39,11 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from ..ops.api import labels_from_rewards
-from ..training.bank import HiddenBank
 from ..training.capture import HiddenCapture
-from ..training.distributed import mixed_groups
 from ..training.groups import group_ids_from_uids
-from ..training.settings import Settings
+from ..training.metrics import of_weights
+from ..training.round import Rollouts, Round, lay_back
+from ..training.settings import Settings, refuse
 
 FLAG = "shear"  # with the data of a pass: the section of the configuration, and the step, as JSON
 FIELD = "shear_weights"
@@ -55,45 +55,40 @@ class _Pass:
     def __init__(self, flag: str, data: Any, engine: Any) -> None:
         sent = json.loads(flag)
         settings = Settings.parse(sent["section"])
+        self.step = sent["step"]
         self.group = engine.get_data_parallel_group()
         rank = torch.distributed.get_rank(self.group) if torch.distributed.is_initialized() else 0
         scores = torch.stack([score.sum() for score in data["rm_scores"].unbind()])
-        self.labels = labels_from_rewards(scores, settings.threshold).tolist()
-        self.groups = group_ids_from_uids([str(uid) for uid in tu.get(data, "uid")]).tolist()
-        self.samples = [(rank << 32) + place for place in range(len(self.labels))]
+        self.rollouts = Rollouts.scored(
+            scores,
+            settings.threshold,
+            sample_ids=[(rank << 32) + place for place in range(len(scores))],
+            group_ids=group_ids_from_uids([str(uid) for uid in tu.get(data, "uid")]).tolist(),
+            process_group=self.group,
+        )
+        self.round = Round(settings)
         self.shift = settings.align == "predictor"
-        mixed = mixed_groups(self.groups, self.labels, process_group=self.group)
-        self.bank = HiddenBank(mixed_groups=mixed)
-        self.options = {
-            "config": settings.spans,
-            "weighting": settings.weighting,
-            "step": sent["step"],
-        }
 
     def add(self, hidden: Tensor, micro_batch: Any) -> None:
-        """Bank the states (nnz, d) of a micro-batch's valid response tokens."""
+        """Add the states (nnz, d) of a micro-batch's valid response tokens."""
         ends = micro_batch["input_ids"].offsets()[1:].tolist()
         masks = [mask.bool() for mask in micro_batch["response_mask"].unbind()]
         keep = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         for end, mask in zip(ends, masks, strict=True):
             keep[end - len(mask) - self.shift : end - self.shift] = mask.to(hidden.device)
-        places = micro_batch["shear_place"].tolist()
-        self.bank.add(
-            hidden[keep],
-            cu_seqlens=torch.tensor([0, *(int(mask.sum()) for mask in masks)]).cumsum(0),
-            sample_ids=[self.samples[place] for place in places],
-            group_ids=[self.groups[place] for place in places],
-            labels=[self.labels[place] for place in places],
-        )
+        lengths = [int(mask.sum()) for mask in masks]
+        rollouts = self.rollouts.at(micro_batch["shear_place"].tolist())
+        self.round.add(hidden[keep], lengths, rollouts)
 
     def weights(self, data: Any) -> Tensor:
         """Weights of all response tokens, jagged like the responses."""
-        found = self.bank.finalize(self.group, **self.options).weights
-        rows = []
-        for sample, mask in zip(self.samples, data["response_mask"].unbind(), strict=True):
-            row = torch.ones(len(mask), dtype=torch.float32, device=found[sample].device)
-            row[mask.bool().to(row.device)] = found[sample]
-            rows.append(row)
+        found = self.round.finish(self.step, self.group).weights
+        rows = [
+            lay_back([found[sample]], mask.to(found[sample].device))
+            for sample, mask in zip(
+                self.rollouts.sample_ids, data["response_mask"].unbind(), strict=True
+            )
+        ]
         lengths = [len(row) for row in rows]
         return torch.nested.nested_tensor_from_jagged(
             torch.cat(rows),
@@ -123,7 +118,7 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if self._shear_capture is None:
             self._shear_capture = HiddenCapture(self.module)
         self._shear_pass = _Pass(flag, data, self)
-        data["shear_place"] = torch.arange(len(self._shear_pass.labels))
+        data["shear_place"] = torch.arange(len(self._shear_pass.rollouts))
         try:
             with self._shear_capture.whole() as self._shear_states:
                 output = super().infer_batch(data, loss_function)
@@ -163,26 +158,35 @@ def flag_of(config: Any, step: int) -> str | None:
     if OmegaConf.is_config(section):
         section = OmegaConf.to_container(section, resolve=True)
     Settings.parse(section)
-    if (estimator := config.algorithm.adv_estimator) != "grpo":
-        raise ValueError(f"algorithm.adv_estimator must be grpo with shear.*, got {estimator}")
-    correction = config.algorithm.get("rollout_correction", None)
-    if correction and correction.get("bypass_mode", False):
-        raise ValueError(
-            "algorithm.rollout_correction.bypass_mode must be False with shear.*, got True: it "
-            "skips the pass for old log-probabilities, which gives the hidden states"
-        )
-    if (strategy := config.actor_rollout_ref.actor.strategy) not in ("fsdp", "fsdp2"):
-        raise ValueError(
-            "actor_rollout_ref.actor.strategy must be fsdp or fsdp2 with shear.*, got "
-            f"{strategy}: only verl's FSDP engine gives the hidden states"
-        )
-    loss = config.actor_rollout_ref.actor.get("policy_loss", None)
-    if loss and loss.get("loss_mode") == "geo_mean":
-        raise ValueError(
-            "actor_rollout_ref.actor.policy_loss.loss_mode must be one with token-level "
-            "advantages with shear.*, got geo_mean: it takes their mean over a rollout"
-        )
+    refuse(refusals(config))
     return json.dumps({"section": section, "step": step})
+
+
+def refusals(config: Any) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in verl's configuration."""
+    actor = config.actor_rollout_ref.actor
+    estimator, strategy = config.algorithm.adv_estimator, actor.strategy
+    correction = config.algorithm.get("rollout_correction", None) or {}
+    loss = actor.get("policy_loss", None) or {}
+    yield (
+        estimator != "grpo",
+        f"algorithm.adv_estimator must be grpo with shear.*, got {estimator}",
+    )
+    yield (
+        correction.get("bypass_mode", False),
+        "algorithm.rollout_correction.bypass_mode must be False with shear.*, got True: it "
+        "skips the pass for old log-probabilities, which gives the hidden states",
+    )
+    yield (
+        strategy not in ("fsdp", "fsdp2"),
+        "actor_rollout_ref.actor.strategy must be fsdp or fsdp2 with shear.*, got "
+        f"{strategy}: only verl's FSDP engine gives the hidden states",
+    )
+    yield (
+        loss.get("loss_mode") == "geo_mean",
+        "actor_rollout_ref.actor.policy_loss.loss_mode must be one with token-level "
+        "advantages with shear.*, got geo_mean: it takes their mean over a rollout",
+    )
 
 
 def _install(trainer: Any) -> None:
@@ -217,8 +221,7 @@ def _install(trainer: Any) -> None:
         data = trainer_base.tq.kv_batch_get(**where, select_fields=["advantages", FIELD])
         advantages, weights = data["advantages"], data.pop(FIELD)
         weights = weights.to(advantages.device)
-        for name, value in (("mean", weights.values().mean()), ("max", weights.values().max())):
-            metrics[f"shear/weight_{name}"] = value.item()
+        metrics.update(of_weights(weights.values()))
         rows = zip(advantages.unbind(), weights.unbind(), strict=True)
         data["advantages"] = torch.nested.as_nested_tensor(
             [row * factors for row, factors in rows], layout=torch.jagged

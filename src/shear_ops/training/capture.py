@@ -203,6 +203,18 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return None
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back: of every module that was training, not of those that were not."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _last_hidden_state(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)):
         output = output[0]

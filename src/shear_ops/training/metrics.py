@@ -1,4 +1,4 @@
-"""Metrics of token weights, for trainers that gather with accelerate."""
+"""Metrics of token weights, by the names that all trainers log them under."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from .bank import BankedWeights
 from .distributed import GroupWeights
 
 
+def of_weights(weights: Tensor) -> dict[str, float]:
+    """``shear/weight_mean`` and ``shear/weight_max`` of weights (N,), N > 0."""
+    return {
+        "shear/weight_mean": weights.mean().item(),
+        "shear/weight_max": weights.max().item(),
+    }
+
+
 def log_weights(
     accelerator: Any,
     weights: Tensor,
@@ -19,6 +27,8 @@ def log_weights(
     metrics: MutableMapping[str, Any],
 ) -> None:
     """Append ``shear/weight_mean``, ``weight_p95``, ``weight_max``, ``mixed_groups``. Collective.
+
+    For trainers that gather with accelerate.
 
     Args:
         accelerator: the trainer's accelerate.Accelerator.
@@ -32,8 +42,8 @@ def log_weights(
     everywhere = everywhere[~everywhere.isnan()]
     metrics["shear/mixed_groups"].append(found.mixed_groups / found.groups)
     if everywhere.numel():
-        metrics["shear/weight_mean"].append(everywhere.mean().item())
+        for name, value in of_weights(everywhere).items():
+            metrics[name].append(value)
         # not torch.quantile, which takes 16 million at most
         rank = -(-everywhere.numel() * 95 // 100)
         metrics["shear/weight_p95"].append(everywhere.sort().values[rank - 1].item())
-        metrics["shear/weight_max"].append(everywhere.max().item())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from ..config import SpanConfig, check_threshold
@@ -67,6 +69,59 @@ class Settings:
                 made[name] = kind(**given)
         return cls(**made)
 
+    @classmethod
+    def take(
+        cls: type[Own], arguments: Sequence[str], program: str, others: str
+    ) -> tuple[Own, list[str]]:
+        """Take ``--shear.*`` off a command line; exits with a message if one is wrong.
+
+        With -h or --help among the arguments, prints help on those of SHEAR, and goes on.
+
+        Args:
+            arguments: of the command line. program: the command.
+            others: what usage calls the arguments that are not SHEAR's.
+
+        Returns:
+            Settings, and the other arguments.
+        """
+        parser = argparse.ArgumentParser(
+            program,
+            usage=f"%(prog)s [--shear.NAME VALUE ...] {others}",
+            add_help=False,
+            allow_abbrev=False,
+        )
+        paths = _add_arguments(parser, asdict(cls()))
+        given, rest = parser.parse_known_args(arguments)
+        if unknown := [argument for argument in rest if argument.startswith("--shear")]:
+            parser.error(f"--shear.* must be among {', '.join(paths)}, got {', '.join(unknown)}")
+        if {"-h", "--help"} & set(rest):
+            parser.print_help()
+        made: dict[str, Any] = {}
+        for path, value in vars(given).items():
+            section, _, name = path.partition(".")
+            if name:
+                made.setdefault(section, {})[name] = value
+            else:
+                made[section] = value
+        try:
+            return cls.parse(made), rest
+        except (TypeError, ValueError) as error:
+            parser.error(f"--shear: {error}")
+
+
+def refuse(refusals: Iterable[tuple[object, str]]) -> None:
+    """Raise what an adapter's table says its trainer must not do.
+
+    Args:
+        refusals: conditions, and what to say where one holds. A generator is read up to there.
+
+    Raises:
+        ValueError: with the first sentence whose condition holds.
+    """
+    for holds, sentence in refusals:
+        if holds:
+            raise ValueError(sentence)
+
 
 @dataclass(frozen=True)
 class RewardSettings(Settings):
@@ -110,3 +165,29 @@ class RewardSettings(Settings):
                 f"({listed}), got {wanted!r}"
             )
         return names.index(wanted)
+
+
+def _add_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> list[str]:
+    """Add --shear.* for every setting; return their names, as threshold and spans.stride."""
+    paths = []
+    for section, default in defaults.items():
+        nested = default if isinstance(default, dict) else {"": default}
+        for name, value in nested.items():
+            paths.append(f"{section}.{name}".rstrip("."))
+            parser.add_argument(
+                f"--shear.{paths[-1]}",
+                dest=paths[-1],
+                type=_value,
+                nargs=2 if name == "clip" else None,
+                metavar=("LOW", "HIGH") if name == "clip" else "VALUE",
+                default=argparse.SUPPRESS,
+                help=f"default {json.dumps(value)}",
+            )
+    return paths
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
