@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import ranks
 import tiny
 from shear_ops import HiddenCapture, span_weights
+from shear_ops.training.capture import evaluating
 
 
 class Plain(nn.Module):
@@ -241,3 +243,16 @@ def data_parallel(rank: int) -> tuple[Tensor, Tensor]:
 def test_under_data_parallelism(wrapped: Any) -> None:
     for wanted, hidden in ranks.run(2, wrapped):
         torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluating_brings_back_what_was_training_only() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5)))
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    assert before == [True, True, False, False]
+    for error in (None, KeyError):
+        with suppress(KeyError), evaluating(model):
+            assert not any(module.training for module in model.modules())
+            if error:
+                raise error
+        assert [module.training for module in model.modules()] == before
