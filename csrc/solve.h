@@ -3,16 +3,20 @@
 // to neither of its spans. What holds the numbers is an engine's business. The rules are derived in
 // docs/method.md; src/shear_ops/triton has them a second time.
 //
-// An engine has a pair of n x m costs C and its plan u_i K_ij v_j, with K = 2^(F_i + G_j - C_ij):
+// An engine has a pair of n x m costs C and its plan u_i K_ij v_j, with
+// K = 2^((F_i + G_j - C_ij) / heat) and C, F, G in units of eps ln 2:
 //   reset()            u = v = 1
+//   range()            largest cost less the smallest F as the costs were loaded
+//   heat(), set_heat() it stays between exponentiate() and absorb()
 //   exponentiate()     K of the potentials F and G
 //   iterate(level, stop, tol, it)  updates (rows, then columns), counted by `it`, until it == stop
 //                      or earlier; returns the L1 error of the row marginal before the last update
 //   drifted()          a scaling left [2^-kDriftBits, 2^kDriftBits]
-//   absorb()           F += log2 u, G += log2 v, u = v = 1
+//   absorb()           F += heat log2 u, G += heat log2 v, u = v = 1
 //   dual_value()       of feasible potentials: a certified lower bound on W1
-//   corrected_value()  <P, C> + <f, a - P 1> of the plan with exact columns, and its residual
-//   entropy()          eps log(max(n, m));  eps()
+//   corrected_value()  at heat 1: <P, C> + <f, a - P 1> of the plan with exact columns, residual
+//   rows(), cols()     n and m
+//   eps(), entropy()   entropy_term(eps, log(max(n, m)))
 #pragma once
 #include "spans.h"
 
@@ -22,12 +26,18 @@ constexpr float kFar = 1e30f;  // cost of padding
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 // A scaling is updated by y^-omega, y its marginal over the wanted one, omega = 2 - 2^-level.
 constexpr int kTopLevel = 5;
+constexpr int kFresh =
+    -1;  // no iteration at this heat yet: over-relaxed from the start can diverge
 constexpr unsigned kTestEvery = 4;     // iterations from one choice of the level to the next
 constexpr float kRetreatRatio = 1.5f;  // growth of the residual that asks for a lower level
 constexpr unsigned kFirstCheck = 4;    // iterations before the first dual value; then twice as many
 static_assert((kFirstCheck & (kFirstCheck - 1)) == 0, "checks are at powers of two");
 constexpr unsigned kFinishAgain = 4;     // iterations after a value that was not accurate enough
 constexpr float kToleranceShare = 0.2f;  // of the distance that tol's share of the entropy may be
+// Potentials travel no further than about eps log(n) in an iteration. Where costs range over more
+// than kHotRange (times eps ln 2), the pair is solved at eps times a power of kCooling first.
+constexpr float kHotRange = 256.f, kCooling = 4.f;
+constexpr float kLeastResidual = 2e-5f;  // that is asked for there: float32 sums reach it
 // One over-relaxed update may stretch a scaling 5-fold in log: 2^100 is still a float.
 constexpr int kDriftBits = 20;
 constexpr float kDriftHigh = 1 << kDriftBits, kDriftLow = 1 / kDriftHigh;
@@ -59,11 +69,37 @@ SHEAR_HOST_DEVICE int next_level(int level, float ratio) {
   return next;
 }
 
-// The residual that a value may have. Its error is the plan's error times the entropy term
-// eps log(n): where that is large against the distance, a residual of tol is not enough.
+// What the error of a value is, times the residual: how far potentials may be off. The 2 is for
+// pairs of few tokens, whose log(n) is small.
+SHEAR_HOST_DEVICE float entropy_term(float eps, float log_longest) {
+  return eps * (2.f + log_longest);
+}
+
+// The residual that a value may have: tol, or less where the entropy term is large against the
+// distance.
 SHEAR_HOST_DEVICE float tolerance(float tol, float entropy, float eps, float distance) {
   const float scale = kToleranceShare * larger(distance, eps);
   return scale < entropy ? tol * (scale / entropy) : tol;
+}
+
+// Whether mass that a plan still has to move can be less than a residual of tol shows: groups of
+// whole tokens differ in mass by a multiple of 1 / lcm(n, m), half of the L1 error they cause. Then
+// potentials may have any way to go, although next to nothing is missing.
+SHEAR_HOST_DEVICE bool may_hide(int n, int m, float tol) {
+  unsigned a = static_cast<unsigned>(n), b = static_cast<unsigned>(m);
+  while (b > 0) {
+    const unsigned rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return tol * static_cast<float>(n) * (static_cast<float>(m) / static_cast<float>(a)) > 2.f;
+}
+
+// The heat at which a pair is begun.
+SHEAR_HOST_DEVICE float first_heat(float range) {
+  float heat = 1.f;
+  while (heat * kHotRange < range) heat *= kCooling;
+  return heat;
 }
 
 struct Solution {
@@ -73,15 +109,41 @@ struct Solution {
   bool abandoned;
 };
 
-// bound: the largest certified lower bound on W1 known so far; beaten(bound): whether the pair
-// cannot win any more.
+template <typename Engine>
+SHEAR_HOST_DEVICE float travel(const Engine& engine, float tol) {
+  if (!may_hide(engine.rows(), engine.cols(), tol)) return engine.entropy();
+  if (first_heat(engine.range()) > 1.f) return kCooling * engine.entropy();
+  return larger(engine.entropy(), engine.range() * kLn2 * engine.eps());
+}
+
+// The residual that ends the iterations at the engine's heat: above 1 the plan only has to be good
+// enough to begin the next heat. bound stands for the distance.
+template <typename Engine>
+SHEAR_HOST_DEVICE float residual_at_heat(const Engine& engine, float tol, float bound) {
+  if (!(engine.heat() > 1.f)) return tol;
+  return larger(kLeastResidual,
+                tolerance(tol, engine.heat() / kCooling * engine.entropy(), engine.eps(), bound));
+}
+
+// What is seldom looked at: a GPU has it in shared memory, since a tile takes all registers. All
+// threads write the same, with a barrier between a write and what was read before it.
+struct Progress {
+  float bound;   // the largest certified lower bound on W1 known so far
+  float travel;  // how far the potentials of a plan at heat 1 may be from their limit
+  unsigned finish_from;
+};
+
+// progress.bound is given; beaten(bound): whether the pair cannot win any more.
 template <typename Engine, typename Beaten>
-SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float tol, float bound,
-                                      const Beaten& beaten) {
-  if (beaten(bound)) return {bound, 0.f, 0, true};
+SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float tol,
+                                      Progress& progress, const Beaten& beaten) {
+  if (beaten(progress.bound)) return {progress.bound, 0.f, 0, true};
+  progress.travel = travel(engine, tol);
+  progress.finish_from = 1;
+  engine.set_heat(first_heat(engine.range()));
   engine.reset();
-  int level = 0;  // over-relaxed from the start can diverge
-  unsigned it = 0, finish_from = 1;
+  int level = kFresh;
+  unsigned it = 0;
   float before = __builtin_huge_valf();
   bool rebuild = true, finish = false;
   for (;;) {
@@ -90,23 +152,25 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
       rebuild = false;
     }
     if (finish || (it >= kFirstCheck && (it & (it - 1)) == 0)) {
-      bound = larger(bound, engine.dual_value());
-      if (beaten(bound)) return {bound, 0.f, 0, true};
+      progress.bound = larger(progress.bound, engine.dual_value());
+      if (beaten(progress.bound)) return {progress.bound, 0.f, 0, true};
       if (finish) {
         Solution out = engine.corrected_value();
-        out.distance = larger(bound, out.distance);
+        out.distance = larger(progress.bound, out.distance);
         out.iterations = static_cast<int>(it);
         if (it >= n_iters ||
-            out.residual <= tolerance(tol, engine.entropy(), engine.eps(), out.distance))
+            out.residual <= tolerance(tol, progress.travel, engine.eps(), out.distance))
           return out;
-        finish_from = it + kFinishAgain;
+        progress.finish_from = it + kFinishAgain;
       }
     }
     const unsigned next_test = (it / kTestEvery + 1) * kTestEvery;
-    const unsigned stop = it == 0 ? 1 : (n_iters < next_test ? n_iters : next_test);
-    const float residual = engine.iterate(level, stop, tol, it);
-    finish = it >= n_iters || (residual <= tol && it >= finish_from);
-    if (it == 1) level = 1;
+    const unsigned stop = level == kFresh ? it + 1 : (n_iters < next_test ? n_iters : next_test);
+    const float wanted = residual_at_heat(engine, tol, progress.bound);
+    const float residual = engine.iterate(level == kFresh ? 0 : level, stop, wanted, it);
+    const bool last = it >= n_iters, hot = engine.heat() > 1.f;
+    finish = last || (!hot && residual <= tol && it >= progress.finish_from);
+    if (level == kFresh) level = 1;
     if (it % kTestEvery == 0) {
       level = next_level(level, residual / before);
       before = residual;
@@ -115,9 +179,17 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
       level = 0;
       engine.reset();
       rebuild = true;
-    } else if (engine.drifted()) {
+      continue;
+    }
+    const bool cool = hot && (last || residual <= wanted);
+    if (engine.drifted() || cool) {
       engine.absorb();
       rebuild = true;
+    }
+    if (cool) {
+      engine.set_heat(last ? 1.f : engine.heat() / kCooling);
+      level = kFresh;
+      before = __builtin_huge_valf();
     }
   }
 }

@@ -113,9 +113,12 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
         continue;
       }
       ++solved;
-      if (out.iterations >= config_.n_iters) ++stopped;
       pairs.residual[p] = out.residual;
       pairs.iterations[p] = out.iterations;
+      if (out.iterations >= config_.n_iters) {
+        ++stopped;  // what has not converged is no upper bound: it prunes nothing
+        continue;
+      }
       lower(&best_[a], out.distance);
       lower(&best_[b], out.distance);
     }

@@ -26,9 +26,16 @@ class TileEngine {
         slot_(2 * static_cast<int>(threadIdx.x)) {}
 
   __device__ __forceinline__ float entropy() const {
-    return eps() * logf(static_cast<float>(max(n_, m_)));
+    return entropy_term(eps(), logf(static_cast<float>(max(n_, m_))));
   }
+  __device__ __forceinline__ int rows() const { return n_; }
+  __device__ __forceinline__ int cols() const { return m_; }
   __device__ __forceinline__ float eps() const { return kLog2e / scale_; }
+  __device__ __forceinline__ float range() const { return room_[kRange]; }
+  // In shared memory, since the tile takes all registers. Every thread writes the same number, and
+  // has read the last one before the barrier that ends absorb().
+  __device__ __forceinline__ float heat() const { return room_[kHeat]; }
+  __device__ __forceinline__ void set_heat(float heat) { room_[kHeat] = heat; }
   __device__ __forceinline__ bool drifted() const { return __syncthreads_or(off_); }
 
   // Takes the costs and sets the hard potentials F_i = min_j C_ij, G_j = min_i (C_ij - F_i), for
@@ -49,6 +56,7 @@ class TileEngine {
     wait_copies<0>();
     __syncthreads();
     float f = 0.f;  // sum of the lane's F
+    float highest = -kFar, least = kFar;
 #pragma unroll
     for (int r = 0; r < T::kThreadRows; ++r) {
       float lowest = kFar;
@@ -56,10 +64,12 @@ class TileEngine {
       for (int c = 0; c < T::kThreadCols; ++c) {
         k_[r][c] = cost(r, c);
         lowest = fminf(lowest, k_[r][c]);
+        if (k_[r][c] < kFar) highest = fmaxf(highest, k_[r][c]);
       }
 #pragma unroll
       for (int d = 1; d < T::kColLanes; d *= 2)
         lowest = fminf(lowest, __shfl_xor_sync(kAllLanes, lowest, d));
+      if (has_row(r)) least = fminf(least, lowest);
       u_[r] = has_row(r) ? lowest * scale_ : 0.f;
       if (col_lane_ == 0) {
         f_rows_[row(r)] = u_[r];
@@ -75,6 +85,8 @@ class TileEngine {
           g += g_slots_[s];
         },
         [](float a, float b) { return fminf(a, b); });
+    const float range = (block_max(highest, room_) + block_max(-least, room_)) * scale_;
+    if (threadIdx.x == 0) room_[kRange] = range;  // dual() has a barrier
     return dual(f, g);
   }
 
@@ -91,17 +103,18 @@ class TileEngine {
 #pragma unroll
     for (int r = 0; r < T::kThreadRows; ++r)
       if (has_row(r)) {
-        if (col_lane_ == r % T::kColLanes) f_rows_[row(r)] += finite_log2(u_[r]);
+        if (col_lane_ == r % T::kColLanes) f_rows_[row(r)] += heat() * finite_log2(u_[r]);
         u_[r] = 1.f;
       }
     if (slot_ < T::kLine)
       for (int s = slot_; s < slot_ + 2; ++s)
-        if (has_slot(s)) g_slots_[s] += finite_log2(v_slots_[s]);
+        if (has_slot(s)) g_slots_[s] += heat() * finite_log2(v_slots_[s]);
     reset_columns();
     __syncthreads();
   }
 
   __device__ __forceinline__ void exponentiate() {
+    const float cool = 1.f / heat();
     float g[T::kThreadCols];
     read_slots(g_slots_, g);
 #pragma unroll
@@ -109,7 +122,7 @@ class TileEngine {
       const float f = f_rows_[row(r)];
 #pragma unroll
       for (int c = 0; c < T::kThreadCols; ++c)
-        k_[r][c] = fast_exp2(fmaf(-cost(r, c), scale_, f) + g[c]);
+        k_[r][c] = fast_exp2((fmaf(-cost(r, c), scale_, f) + g[c]) * cool);
     }
     read_slots(v_slots_, v_);
   }
@@ -167,19 +180,19 @@ class TileEngine {
     return v_slots_[kResidualSlot] / static_cast<float>(n_);
   }
 
-  // Potentials f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are
-  // feasible at any iteration: their mean is a certified lower bound on W1, at the price of one
-  // maximum pass.
+  // Potentials f_i = F_i + heat log2 u_i and g_j = min_i (C_ij - f_i) = G_j - heat log2 max_i (K_ij
+  // u_i) are feasible at any iteration: their mean is a certified lower bound on W1, at the price
+  // of one maximum pass.
   __device__ __forceinline__ float dual_value() {
     float f = 0.f;
 #pragma unroll
     for (int r = 0; r < T::kThreadRows; ++r)
-      if (has_row(r) && col_lane_ == 0) f += f_rows_[row(r)] + fast_log2(u_[r]);
+      if (has_row(r) && col_lane_ == 0) f += f_rows_[row(r)] + heat() * fast_log2(u_[r]);
     reduce_columns(0.f, 0.f, [&](float x, int r, int c) { return fmaxf(x, k_[r][c] * u_[r]); });
     float g = 0.f;
     for_slots(
         [&](int s, float most, bool present) {
-          if (present) g += g_slots_[s] - fast_log2(most);
+          if (present) g += g_slots_[s] - heat() * fast_log2(most);
         },
         [](float a, float b) { return fmaxf(a, b); });
     return dual(f, g);
@@ -195,10 +208,10 @@ class TileEngine {
       *reinterpret_cast<float2*>(v_slots_ + slot_) = {has_slot(slot_) ? mass / sum.x : 1.f,
                                                       has_slot(slot_ + 1) ? mass / sum.y : 1.f};
     }
-    if (threadIdx.x == 0) room_[T::kWarps] = f_rows_[0] + fast_log2(u_[0]);
+    if (threadIdx.x == 0) room_[kFirst] = f_rows_[0] + fast_log2(u_[0]);
     __syncthreads();
     read_slots(v_slots_, v_);
-    const float first = room_[T::kWarps];
+    const float first = room_[kFirst];
     float value = 0.f, error = 0.f;
 #pragma unroll
     for (int r = 0; r < T::kThreadRows; ++r) {
@@ -226,6 +239,10 @@ class TileEngine {
   }
 
  private:
+  // Places in room_ behind those of the warps.
+  static constexpr int kFirst = T::kWarps, kRange = T::kWarps + 1, kHeat = T::kWarps + 2;
+  static_assert(kHeat < T::kRoom);
+
   // The residual, a sum over rows, takes no reduction of its own: behind its columns every lane has
   // one slot more, where its rows' errors are added up as if they were one more column. Lanes that
   // share rows have the same errors: the slot of the first column lane has the whole residual. It

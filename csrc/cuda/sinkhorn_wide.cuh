@@ -13,7 +13,12 @@ class WideEngine {
       : room_(shared), vectors_(shared + kWideRoom), scratch_(scratch) {}
 
   __device__ float entropy() const { return eps() * logf(static_cast<float>(max(n_, m_))); }
+  __device__ int rows() const { return n_; }
+  __device__ int cols() const { return m_; }
   __device__ float eps() const { return kLog2e / scale_; }
+  __device__ float range() const { return range_; }
+  __device__ float heat() const { return heat_; }
+  __device__ void set_heat(float heat) { heat_ = heat; }
   __device__ bool drifted() const { return __syncthreads_or(off_); }
 
   __device__ float load(const Pair& pair) {
@@ -27,13 +32,17 @@ class WideEngine {
     g_ = u_ + n_;
     v_ = g_ + m_;
     k_ = scratch_ ? scratch_ : v_ + m_;
-    float f = 0.f, g = 0.f;
+    float f = 0.f, g = 0.f, highest = -kFar, least = kFar;
     for_rows([&](int i) {
       float lowest = kInfinity;
-      for (int j = lane_id(); j < m_; j += kWarp) lowest = fminf(lowest, cost_[i * ld_ + j]);
+      for (int j = lane_id(); j < m_; j += kWarp) {
+        lowest = fminf(lowest, cost_[i * ld_ + j]);
+        highest = fmaxf(highest, cost_[i * ld_ + j]);
+      }
 #pragma unroll
       for (int d = kWarp / 2; d > 0; d /= 2)
         lowest = fminf(lowest, __shfl_xor_sync(kAllLanes, lowest, d));
+      least = fminf(least, lowest);
       if (lane_id() > 0) return;
       f_[i] = lowest * scale_;
       f += f_[i];
@@ -45,6 +54,7 @@ class WideEngine {
       g_[j] = lowest;
       g += lowest;
     });
+    range_ = (block_max(highest, room_) + block_max(-least, room_)) * scale_;
     return dual(f, g);
   }
 
@@ -57,16 +67,17 @@ class WideEngine {
 
   __device__ void absorb() {
     __syncthreads();
-    for (int i = thread(); i < n_; i += kWideThreads) f_[i] += finite_log2(u_[i]);
-    for (int j = thread(); j < m_; j += kWideThreads) g_[j] += finite_log2(v_[j]);
+    for (int i = thread(); i < n_; i += kWideThreads) f_[i] += heat() * finite_log2(u_[i]);
+    for (int j = thread(); j < m_; j += kWideThreads) g_[j] += heat() * finite_log2(v_[j]);
     reset();
   }
 
   __device__ void exponentiate() {
+    const float cool = 1.f / heat();
     for_rows([&](int i) {
       for (int j = lane_id(); j < m_; j += kWarp)
         k_[static_cast<int64_t>(i) * m_ + j] =
-            fast_exp2(fmaf(-cost_[i * ld_ + j], scale_, f_[i]) + g_[j]);
+            fast_exp2((fmaf(-cost_[i * ld_ + j], scale_, f_[i]) + g_[j]) * cool);
     });
     __syncthreads();
   }
@@ -95,11 +106,11 @@ class WideEngine {
 
   __device__ float dual_value() {
     float f = 0.f, g = 0.f;
-    for (int i = thread(); i < n_; i += kWideThreads) f += f_[i] + fast_log2(u_[i]);
+    for (int i = thread(); i < n_; i += kWideThreads) f += f_[i] + heat() * fast_log2(u_[i]);
     for_cols([&](int j) {
       float most = 0.f;
       for (int i = 0; i < n_; ++i) most = fmaxf(most, k_[static_cast<int64_t>(i) * m_ + j] * u_[i]);
-      g += g_[j] - fast_log2(most);
+      g += g_[j] - heat() * fast_log2(most);
     });
     return dual(f, g);
   }
@@ -157,7 +168,7 @@ class WideEngine {
   const float* cost_;
   int64_t ld_;
   int n_, m_;
-  float scale_;
+  float scale_, range_, heat_ = 1.f;
   float *f_, *u_, *g_, *v_, *k_;
   bool off_ = false;
 };

@@ -31,6 +31,7 @@ struct Desk {
   int pair;  // index; -1: no more
   int row_span, col_span;
   float known;
+  Progress progress;
 };
 
 // The larger of the distances known for both spans. A pair whose bound is strictly above is nearest
@@ -81,8 +82,9 @@ __device__ inline void record(const SolveArgs& args, const Desk& desk, const Sol
   args.iterations[desk.pair] = out.iterations;
   atomicAdd(args.counts + (out.abandoned ? kAbandoned : kSolved), 1ull);
   if (out.abandoned) return;
-  if (out.iterations >= args.n_iters) atomicAdd(args.counts + kStopped, 1ull);
-  if (!args.best) return;
+  const bool stopped = out.iterations >= args.n_iters;
+  if (stopped) atomicAdd(args.counts + kStopped, 1ull);
+  if (!args.best || stopped) return;  // what has not converged is no upper bound: it prunes nothing
   // distances are >= 0: their bits have their order
   atomicMin(args.best + desk.row_span, __float_as_uint(out.distance));
   atomicMin(args.best + desk.col_span, __float_as_uint(out.distance));
@@ -100,9 +102,10 @@ __device__ __forceinline__ void solve_queue(Engine& engine, const SolveArgs& arg
       desk->row_span = pair.row_span;
       desk->col_span = pair.col_span;
     }
-    const float bound = larger(args.value[p], engine.load(pair));
-    const Solution out = solve_pair(engine, static_cast<unsigned>(args.n_iters), args.tol, bound,
-                                    [&](float reached) { return beaten(args, reached, desk); });
+    desk->progress.bound = larger(args.value[p], engine.load(pair));
+    const Solution out =
+        solve_pair(engine, static_cast<unsigned>(args.n_iters), args.tol, desk->progress,
+                   [&](float reached) { return beaten(args, reached, desk); });
     __syncthreads();  // every thread has read what belongs to this pair
     if (threadIdx.x == 0) record(args, *desk, out);
   }

@@ -33,6 +33,18 @@ __device__ __forceinline__ T block_sum(T x, T* room) {
   return total;
 }
 
+// The largest x of the CTA, to every thread.
+__device__ __forceinline__ float block_max(float x, float* room) {
+#pragma unroll
+  for (int d = kWarp / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  if (lane_id() == 0) room[warp_id()] = x;
+  __syncthreads();
+  float most = room[0];
+  for (int w = 1; w < static_cast<int>(blockDim.x) / kWarp; ++w) most = fmaxf(most, room[w]);
+  __syncthreads();
+  return most;
+}
+
 // The last index i in [0, count) with begin(i) <= value; begin does not decrease and begin(0) <=
 // value.
 template <typename Begin>

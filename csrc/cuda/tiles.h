@@ -22,10 +22,10 @@ struct SolverTile {
   static constexpr int kPartials = kWarps * kRowLanes;
   static constexpr int kSlots = (kThreadCols + 4) / 8 * 8 + 4;
   static constexpr int kLine = kColLanes * kSlots;
-  static constexpr int kRoom = 8;  // for sums over the CTA and one number more
+  static constexpr int kRoom = 8;  // for sums over the CTA and three numbers more
   static constexpr int kSharedFloats =
       kRows * kPitch + kPartials * kLine + 2 * kLine + kRows + kRoom;
-  static_assert(kSlots > kThreadCols && kLine <= 2 * kThreads && kRoom > kWarps);
+  static_assert(kSlots > kThreadCols && kLine <= 2 * kThreads && kRoom > kWarps + 2);
 };
 
 // By the longest span: 7 x 25 entries of a lane leave room for two scalings and nothing else, and

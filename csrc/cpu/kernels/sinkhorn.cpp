@@ -42,11 +42,16 @@ class Engine {
     for (int64_t j = 0; j < ld_; ++j) absent_col_[j] = j < m_ ? 0.f : row_mass();
   }
 
+  int rows() const { return static_cast<int>(n_); }
+  int cols() const { return static_cast<int>(m_); }
   float eps() const { return in_.eps; }
   float entropy() const {
     const auto longest = static_cast<float>(n_ > m_ ? n_ : m_);
-    return in_.eps * kLn2 * log2(broadcast(longest))[0];
+    return entropy_term(in_.eps, kLn2 * log2(broadcast(longest))[0]);
   }
+  float range() const { return range_; }
+  float heat() const { return heat_; }
+  void set_heat(float heat) { heat_ = heat; }
   bool drifted() const { return drifted_; }
 
   // Copies the costs in units of eps * ln 2 and sets the hard potentials F_i = min_j C_ij, G_j =
@@ -58,6 +63,8 @@ class Engine {
     const int64_t ld = ld_, whole = m_ / kWidth * kWidth;
     const int rest = static_cast<int>(m_ - whole);
     float* const g = g_;
+    Vec highest = -far;
+    float least = kFar;  // F
     for (int64_t j = 0; j < ld; j += kWidth) store(g + j, far);
     for (int64_t i = 0; i < rows_; i += kGroup) {
       float* panel = cost_ + i * ld;
@@ -70,13 +77,20 @@ class Engine {
         if (i + r + kAhead < n_)
           for (int64_t j = 0; j < m_; j += kCostPad) __builtin_prefetch(row + kAhead * in_.ld + j);
         Vec lowest = far;
-        const auto put = [&](int64_t j, Vec x) {
+        for (int64_t j = 0; j < whole; j += kWidth) {
+          const Vec x = load(row + j) * scale;
           store(panel + j * kGroup + r * kWidth, x);
           lowest = min(lowest, x);
-        };
-        for (int64_t j = 0; j < whole; j += kWidth) put(j, load(row + j) * scale);
-        if (rest > 0) put(whole, load_rest(row, m_, rest, kFar / scale) * scale);
+          highest = max(highest, x);
+        }
+        if (rest > 0) {
+          const Vec x = load_rest(row, m_, rest, kFar / scale) * scale;
+          store(panel + whole * kGroup + r * kWidth, x);
+          lowest = min(lowest, x);
+          highest = max(highest, load_rest(row, m_, rest, -kFar / scale) * scale);
+        }
         f_[i + r] = min(lowest);
+        least = f_[i + r] < least ? f_[i + r] : least;
       }
       for (int64_t j = 0; j < ld; j += kWidth) {
         Vec lowest = load(g + j);
@@ -87,6 +101,7 @@ class Engine {
       }
     }
     for (int64_t j = m_; j < ld_; ++j) g_[j] = 0.f;
+    range_ = -min(-highest) - least;
     return dual_value(total(f_, rows_), total(g_, ld_));
   }
 
@@ -97,6 +112,7 @@ class Engine {
 
   void exponentiate() {
     const int64_t ld = ld_;
+    const float cool = 1.f / heat_;
     for (int64_t i = 0; i < rows_; i += kGroup) {
       const float *cost = cost_ + i * ld, *g = g_;
       float* k = k_ + i * ld;
@@ -104,13 +120,15 @@ class Engine {
       for (int64_t j = 0; j < ld; j += kWidth, g += kWidth)
 #pragma GCC unroll 8
         for (int r = 0; r < kGroup; ++r, cost += kWidth, k += kWidth)
-          store(k, exp2((f[r] - load(cost)) + load(g)));
+          store(k, exp2(((f[r] - load(cost)) + load(g)) * cool));
     }
   }
 
   void absorb() {
-    for (int64_t i = 0; i < rows_; i += kWidth) store(f_ + i, load(f_ + i) + log2(load(u_ + i)));
-    for (int64_t j = 0; j < ld_; j += kWidth) store(g_ + j, load(g_ + j) + log2(load(v_ + j)));
+    for (int64_t i = 0; i < rows_; i += kWidth)
+      store(f_ + i, load(f_ + i) + heat_ * log2(load(u_ + i)));
+    for (int64_t j = 0; j < ld_; j += kWidth)
+      store(g_ + j, load(g_ + j) + heat_ * log2(load(v_ + j)));
     reset();
   }
 
@@ -133,16 +151,17 @@ class Engine {
     }
   }
 
-  // Potentials f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are
-  // feasible at any iteration: their mean is a certified lower bound on W1, at the price of one
-  // maximum pass.
+  // Potentials f_i = F_i + heat log2 u_i and g_j = min_i (C_ij - f_i) = G_j - heat log2 max_i (K_ij
+  // u_i) are feasible at any iteration: their mean is a certified lower bound on W1, at the price
+  // of one maximum pass.
   float dual_value() {
     for (int64_t j = 0; j < ld_; j += kWidth) store(w_ + j, load(absent_col_ + j));
     for (int64_t i = 0; i < rows_; i += kGroup) max_scaled(k_ + i * ld_, u_ + i, w_, ld_);
     VecD f = {}, g = {};
-    for (int64_t i = 0; i < rows_; i += kWidth) f += widen(load(f_ + i) + log2(load(u_ + i)));
+    for (int64_t i = 0; i < rows_; i += kWidth)
+      f += widen(load(f_ + i) + heat_ * log2(load(u_ + i)));
     for (int64_t j = 0; j < ld_; j += kWidth) {
-      const Vec x = load(g_ + j) - log2(load(w_ + j));
+      const Vec x = load(g_ + j) - heat_ * log2(load(w_ + j));
       g += widen(j + kWidth > m_ ? keep_first(x, static_cast<int>(m_ - j), 0.f) : x);
     }
     return dual_value(sum(f), sum(g));
@@ -241,6 +260,7 @@ class Engine {
       *const k_, *const f_, *const u_, *const absent_row_,
                                            *const potential_,
                                                *const g_, *const v_, *const w_, *const absent_col_;
+  float range_ = 0.f, heat_ = 1.f;
   bool drifted_ = false;
 };
 
@@ -259,8 +279,8 @@ bool beaten(const PairInput& in, float bound) {
 
 Solution sinkhorn(const PairInput& in, float* scratch) {
   Engine engine(in, scratch);
-  const float bound = larger(in.bound, engine.load_costs());
-  return solve_pair(engine, static_cast<unsigned>(in.n_iters), in.tol, bound,
+  Progress progress{.bound = larger(in.bound, engine.load_costs())};
+  return solve_pair(engine, static_cast<unsigned>(in.n_iters), in.tol, progress,
                     [&](float reached) { return beaten(in, reached); });
 }
 

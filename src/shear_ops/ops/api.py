@@ -313,7 +313,7 @@ def sinkhorn(
     x: Tensor | None = None,
     y: Tensor | None = None,
     reg: float,
-    n_iters: int = 100,
+    n_iters: int = 5000,
     tol: float = 5e-3,
     n_rows: Integers | None = None,
     n_cols: Integers | None = None,
