@@ -163,8 +163,8 @@ def corrected(costs, plan, SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE:
     w = tl.sum(plan.k * u[:, None, None], 0)
     w = tl.where(is_col, row_mass / tl.where(is_col, w, 1.0), 0.0)
     c = load(costs, SIZE, LANES)
-    missing = tl.where(is_row, 1.0 - u * sum_row(plan.k * w[None, :, :]), 0.0)
     spent = tl.where(is_row, u * sum_row((plan.k * w[None, :, :]) * c), 0.0)
+    missing = tl.where(is_row, 1.0 - u * sum_row(plan.k * w[None, :, :]), 0.0)
     potential = plan.f + plan.log_u
     shift = tl.sum(tl.where(i == 0, potential, 0.0), 0)
     return tl.sum(spent + missing * (potential - shift), 0), tl.sum(tl.abs(missing), 0)
