@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from shear_ops.triton.sinkhorn_steps import exp2
-from shear_ops.triton.target import target_of
+from shear_ops.triton.target import exp2, target_of
 
 from .contest import Entry
 from .sizes import Sizes

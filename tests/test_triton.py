@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments
-from shear_ops import SpanConfig
+from shear_ops import _C, SpanConfig
 from shear_ops.ops import backends
 from test_backends import device_of, span_distances
 
@@ -39,11 +40,18 @@ def moved(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str,
 def in_single_blocks(plan: dict[str, Any]) -> dict[str, Any]:
     """The same plan with every block in a chunk of its own."""
     blocks, chunks = plan["blocks"].copy(), []
-    blocks[:, 10:] = 0  # offsets into the chunk
-    for k, block in enumerate(blocks.tolist()):
-        rows, cols = block[2], block[4]
-        chunks.append([k, k + 1, block[6] * block[9], block[6] * cols, rows * cols])
-    return {**plan, "blocks": blocks, "chunks": torch.tensor(chunks).numpy()}
+    for k, row in enumerate(blocks):
+        block = dict(zip(_C.COLUMNS["block"], row, strict=True))
+        row[[name.endswith("offset") for name in block]] = 0  # into the chunk
+        chunk = {
+            "block_begin": k,
+            "block_end": k + 1,
+            "cost_floats": block["row_tokens"] * block["ld"],
+            "row_floats": block["row_tokens"] * block["col_spans"],
+            "pairs": block["row_spans"] * block["col_spans"],
+        }
+        chunks.append([chunk[name] for name in _C.COLUMNS["chunk"]])
+    return {**plan, "blocks": blocks, "chunks": np.array(chunks)}
 
 
 @pytest.mark.parametrize("distance", ["sinkhorn", "cosine"])
@@ -61,6 +69,99 @@ def test_chunks_change_no_bit(distance: str, monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name
     assert (whole.nearest >= 0).any()
     assert parts.pairs.total == whole.pairs.total
+
+
+def results(path: str) -> None:
+    """Write what depends on every table of a plan."""
+    from shear_ops.triton import ops
+
+    x, y = arguments()["hidden"][:40], arguments()["hidden"][40:70]
+    found: list[Tensor] = []
+    for distance in ("sinkhorn", "mmd", "cosine"):
+        config = SpanConfig(span=16, stride=12, distance=distance)
+        found += span_distances("triton", arguments(), config=config)[:6]
+        given = moved(device_of("triton"))
+        found.append(shear_ops.span_weights(**given, config=config, backend="triton").cpu())
+    found.append(ops.pair_distances(x.to(device_of("triton")), y.to(device_of("triton"))).cpu())
+    torch.save(found, path)
+
+
+def other_columns() -> None:
+    """From now on, _C has the columns of all tables in the opposite order, and one more in blocks."""
+    make_plan, tables = _C.make_plan, ("rollout", "span", "block", "chunk")
+
+    def other_plan(*args: Any, **options: Any) -> dict[str, Any]:
+        plan = make_plan(*args, **options)
+        other = {f"{name}s": plan[f"{name}s"][:, ::-1].copy() for name in tables}
+        blocks = other["blocks"]
+        return plan | other | {"blocks": np.insert(blocks, 0, np.full(len(blocks), -1), axis=1)}
+
+    _C.COLUMNS = {name: _C.COLUMNS[name][::-1] for name in tables}
+    _C.COLUMNS["block"] = ("new", *_C.COLUMNS["block"])
+    _C.make_plan = other_plan
+
+
+def test_nothing_depends_on_the_order_of_columns(tmp_path: Path) -> None:
+    before = "import test_triton as t; t.other_columns()"
+    after = f"t.results({str(tmp_path / 'reversed')!r})"
+    paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    subprocess.run(
+        [sys.executable, "-c", f"{before}; {after}"], check=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    results(str(tmp_path / "in order"))
+    seen, wanted = (torch.load(tmp_path / name) for name in ("reversed", "in order"))
+    assert len(seen) == len(wanted)
+    for k, (a, b) in enumerate(zip(seen, wanted, strict=True)):
+        assert torch.equal(a, b), k
+
+
+def test_rules_are_those_of_solve_h(device: torch.device) -> None:
+    """The level of omega and the tolerance, value by value; when the loop pauses for what."""
+    import triton_rules as rules
+
+    ratios = torch.cat([torch.linspace(0.001, 2.0, 126), torch.tensor([torch.inf, torch.nan])])
+    out = torch.zeros(128, device=device)
+    for level in range(_C.SOLVER["top_level"] + 1):
+        levels = torch.full((128,), level, dtype=torch.int32, device=device)
+        reached = torch.zeros_like(levels)
+        rules.next_level_kernel[1,](levels, ratios.to(device), reached, N=128)
+        assert reached.tolist() == [_C.next_level(level, ratio) for ratio in ratios.tolist()]
+        rules.omega_kernel[1,](levels, out, N=128)
+        assert out.tolist() == [_C.omega_of(level)] * 128
+
+    entropies, distances = (torch.rand(128, generator=torch.Generator().manual_seed(seed)) * scale
+                            for seed, scale in ((1, 1.0), (2, 5.0)))  # fmt: skip
+    rules.tolerance_kernel[1,](5e-3, entropies.to(device), 0.1, distances.to(device), out, N=128)
+    wanted = [
+        _C.tolerance(tol=5e-3, entropy=entropy, eps=0.1, distance=distance)
+        for entropy, distance in zip(entropies.tolist(), distances.tolist(), strict=True)
+    ]
+    assert min(wanted) < 5e-3 == pytest.approx(max(wanted))
+    torch.testing.assert_close(out.cpu(), torch.tensor(wanted), rtol=1e-6, atol=0)
+
+
+def test_pauses_of_the_solver(device: torch.device) -> None:
+    """After the first iteration, for every choice of omega, for dual values; the last at n_iters."""
+    import triton_rules as rules
+
+    first, every, again = (_C.SOLVER[k] for k in ("first_check", "test_every", "finish_again"))
+    duals = [first * 2**k for k in range(6)]
+    for residual in (1.0, 1e-4):
+        n_iters, pauses = 30, 9
+        out = torch.zeros(pauses, 3, dtype=torch.int32, device=device)
+        rules.schedule_kernel[1,](residual, 5e-3, n_iters, out, N=pauses)
+        its = sorted(
+            {1, *range(every, n_iters, every), *(d for d in duals if d < n_iters), n_iters}
+        )
+        assert out[:, 0].tolist() == its
+        assert [it for it, due, _ in out.tolist() if due] == [d for d in duals if d < n_iters]
+        wanted, from_ = [], 1
+        for it in its:
+            if residual < 5e-3 and it >= from_:
+                wanted.append(it)
+                from_ = it + again
+        assert [it for it, _, settled in out.tolist() if settled] == wanted
 
 
 @pytest.mark.parametrize("distance", ["sinkhorn", "chamfer", "mmd", "cosine"])
@@ -87,10 +188,10 @@ def test_sinkhorn(
     tiles: str, reg: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In registers, and by the solver of what does not fit there."""
-    from shear_ops.triton import sinkhorn
+    from shear_ops.triton import queue
 
     if tiles == "none":
-        monkeypatch.setattr(sinkhorn, "TILES", ())
+        monkeypatch.setattr(queue, "TILES", ())
     cost, rows, columns = ragged_problems()
     given: dict[str, Any] = {"reg": reg, "n_rows": rows, "n_cols": columns}
     seen = shear_ops.sinkhorn(cost.to(device), backend="triton", **given)

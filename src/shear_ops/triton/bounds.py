@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import Chunk
-from .tasks import (
+from .columns import (
     BLOCK,
     COL_OFFSET,
     COL_SPAN,
@@ -21,7 +20,6 @@ from .tasks import (
     COST_OFFSET,
     GROUP,
     LD,
-    LINES,
     PAIR_OFFSET,
     ROW_OFFSET,
     ROW_SPAN,
@@ -31,10 +29,10 @@ from .tasks import (
     SPAN,
     SPAN_BEGIN,
     SPAN_END,
-    SPANS,
-    find,
-    has_scale,
 )
+from .solve import LOG2E
+from .tables import Chunk
+from .tasks import LINES, SPANS, find, has_scale
 
 MOST = 128  # tokens of a span taken at a time
 
@@ -76,7 +74,7 @@ def windows_kernel(
     along = tl.arange(0, W)
     origin = costs + tl.load(block + COST_OFFSET)
     norm = tl.load(group_norm + g)
-    to_exponent = -0.72134752 / (norm * norm)  # log2(e) / 2
+    to_exponent = -0.5 * LOG2E / (norm * norm)
     bad = 0
     s = span * 0
     while s < count_spans:

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import Chunk, Tables
-from .tasks import (
+from .columns import (
     BLOCK,
     COL_SPAN,
     COL_SPANS,
@@ -23,6 +22,7 @@ from .tasks import (
     SPAN,
     SPAN_ROLLOUT,
 )
+from .tables import Chunk, Tables
 
 PAIRS = 128  # taken at a time
 

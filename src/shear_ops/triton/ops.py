@@ -17,8 +17,20 @@ from torch import Tensor
 
 from .. import _C
 from ..ops.batch import OP_INTEGER_DTYPES, STATE_DTYPES, capturing
-from . import bounds
-from . import sinkhorn as solver
+from . import bounds, queue
+from .columns import (
+    BLOCK_BEGIN,
+    BLOCK_END,
+    COL_SPAN,
+    COL_SPANS,
+    PAIR_OFFSET,
+    ROLLOUT_SPAN_END,
+    ROW_SPAN,
+    ROW_SPANS,
+    SPAN_BEGIN,
+    SPAN_END,
+    SPAN_ROLLOUT,
+)
 from .nearest import Pairs
 from .pipeline import BYTES_PER_PAIR, COSINE, MMD, Found, Options, run, token_weights
 from .tables import Tables, problem_tables, tables_of
@@ -49,8 +61,8 @@ def span_distances(
         found = run(hidden.contiguous(), tables, given)
         _check_finite(found, given)
     best = found.nearest
-    begin, end, rollout = tables.spans.unbind(1)
-    places = torch.stack([rollout, begin, end], 1)
+    column = tables.spans.unbind(1)
+    places = torch.stack([column[SPAN_ROLLOUT], column[SPAN_BEGIN], column[SPAN_END]], 1)
     return best.distance, best.span, best.residual, best.iterations, places, found.counts
 
 
@@ -72,15 +84,16 @@ def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
             options,
         )
         rollouts, blocks = tables.host["rollouts"], tables.host["blocks"]
-        rows, spans = int(rollouts[0, 3]), len(tables.host["spans"])
+        rows, spans = int(rollouts[0, ROLLOUT_SPAN_END]), len(tables.host["spans"])
         matrix = hidden.new_empty((rows, spans - rows), dtype=torch.float32)
-        ends = tables.host["chunks"][:, :2].tolist()
+        chunks = tables.host["chunks"]
 
-        def offer(chunk: int, values: Tensor) -> None:
-            for block in blocks[slice(*ends[chunk])].tolist():
-                _, a, n, b, m, *_, at = block
-                part = values[at : at + n * m].view(n, m)
-                matrix[a : a + n, b - rows : b - rows + m] = part
+        def offer(number: int, values: Tensor) -> None:
+            chunk = chunks[number]
+            for block in blocks[chunk[BLOCK_BEGIN] : chunk[BLOCK_END]]:
+                row, n, col, m = (block[c] for c in (ROW_SPAN, ROW_SPANS, COL_SPAN, COL_SPANS))
+                part = values[block[PAIR_OFFSET] :][: n * m].view(n, m)
+                matrix[row : row + n, col - rows : col - rows + m] = part
 
         found = run(hidden, tables, given, offer)
         _check_finite(found, given)
@@ -126,8 +139,8 @@ def sinkhorn(
                          what=bounds.BOUND, longest=longest)  # fmt: skip
         counts = torch.zeros(4, dtype=torch.int64, device=device)
         best = torch.zeros(2 * batch, dtype=torch.int32, device=device)  # not used
-        solver.solve(tables, chunk, one, costs, pairs, best, counts, reg=reg, unit_is_norm=False,
-                     n_iters=n_iters, tol=tol, prune=False)  # fmt: skip
+        queue.solve(tables, chunk, one, costs, pairs, best, counts, reg=reg, unit_is_norm=False,
+                    n_iters=n_iters, tol=tol, prune=False)  # fmt: skip
         if int(flag):
             raise ValueError("cost must be finite, got NaN or Inf")
     return tuple(pairs)  # type: ignore[return-value]

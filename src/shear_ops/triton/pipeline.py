@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from . import bounds, nearest, sinkhorn
+from .. import _C
+from . import bounds, nearest, queue
 from .nearest import Nearest, Pairs
 from .span_means import cosine_distances, span_means
 from .states import States, measure
@@ -20,8 +21,9 @@ from .tasks import TOKENS
 from .token_cost import token_costs
 from .token_weights import token_weights_kernel
 
-# Enumerators of csrc/problem.h.
-SINKHORN, CHAMFER, MMD, COSINE = range(4)
+SINKHORN, CHAMFER, MMD, COSINE = (
+    _C.CHOICES["distance"].index(name) for name in ("sinkhorn", "chamfer", "mmd", "cosine")
+)
 BYTES_PER_PAIR = 40  # value, residual, iterations, and what sorting them takes
 
 
@@ -42,6 +44,10 @@ class Options:
     check_finite: bool = True
     prune: bool = True
 
+    def chose(self, option: str, name: str) -> bool:
+        """Whether an option has the value of this name."""
+        return bool(getattr(self, option) == _C.CHOICES[option].index(name))
+
 
 @dataclass(frozen=True)
 class Found:
@@ -59,7 +65,7 @@ def run(
     offer: Callable[[int, Tensor], None] | None = None,
 ) -> Found:
     """Find the nearest spans; offer: called with the values of the pairs of every chunk."""
-    mean = options.aggregation == 1
+    mean = options.chose("aggregation", "mean")
     states = measure(hidden, tables, center=options.distance != COSINE)
     known = span_means(states, tables) if options.distance == COSINE else states
     found = nearest.nothing_found(tables)
@@ -81,10 +87,10 @@ def run(
                 _reduce(known, tables, chunk, room, pairs.value, options.distance, self_similarity)
         with record_function("shear::solve"):
             if options.distance == SINKHORN:
-                sinkhorn.solve(
+                queue.solve(
                     tables, chunk, known.group_norm, room.costs, pairs, best, counts[1:],
-                    reg=options.reg, unit_is_norm=options.reg_unit == 0, n_iters=options.n_iters,
-                    tol=options.tol, prune=options.prune and not mean,
+                    reg=options.reg, unit_is_norm=options.chose("reg_unit", "mean_norm"),
+                    n_iters=options.n_iters, tol=options.tol, prune=options.prune and not mean,
                 )  # fmt: skip
             else:
                 counts[3].add_(chunk.pairs.total)
@@ -151,8 +157,9 @@ def token_weights(found: Found, tables: Tables, options: Options) -> Tensor:
     weights = torch.empty(len(states.hidden), dtype=torch.float32, device=states.hidden.device)
     if tables.tokens.total:
         token_weights_kernel[tables.tokens.total,](
-            tables.rollouts, tables.tokens.first, len(tables.rollouts), found.nearest.distance,
-            states.group_norm, states.rollout_norm, weights, options.span, options.stride,
-            BY_GROUP=options.normalization == 0, MAXIMUM=options.pooling == 0, T=TOKENS,
+            tables.rollouts, tables.spans, tables.tokens.first, len(tables.rollouts),
+            found.nearest.distance, states.group_norm, states.rollout_norm, weights,
+            BY_GROUP=options.chose("normalization", "group"), T=TOKENS,
+            MAXIMUM=options.chose("pooling", "max"),
         )  # fmt: skip
     return weights

@@ -1,180 +1,132 @@
-"""The queue of span pairs: best bound first, each solved unless its bound says it cannot win."""
+"""One span pair: entropic optimal transport between two uniform measures, as in csrc/solve.h.
+
+Two engines hold its numbers and have the same functions: sinkhorn_tile.py in registers, where K is
+kept, and sinkhorn_large.py in memory, for what does not fit there.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .nearest import Pairs
-from .sinkhorn_large import solve_large
-from .sinkhorn_steps import beaten
-from .sinkhorn_tile import solve_tile
-from .tables import Chunk, Tables
-from .target import target_of
-from .tasks import (
-    BLOCK,
-    COL_SPAN,
-    COL_SPANS,
-    COL_TOKEN,
-    COST_OFFSET,
-    GROUP,
-    LD,
-    PAIR_OFFSET,
-    ROW_SPAN,
-    ROW_TOKEN,
-    SPAN,
-    SPAN_BEGIN,
-    SPAN_END,
-    find,
-    has_scale,
-)
-
-BATCH = tl.constexpr(32)  # pairs of the queue that are looked at together where most are skipped
+from . import sinkhorn_large as large
+from . import sinkhorn_tile as tile
+from . import solve
+from .solve import DRIFT, LN2, LOG2E
 
 
-class Tile(NamedTuple):
-    """Shape of a program: a tile of size x size, `lanes` columns of it on the lanes of a warp."""
+class Rivals(NamedTuple):
+    """The best distances of both spans (float bits, in memory), and whether to give up by them."""
 
-    size: int
-    lanes: int
-    warps: int
-    resident: int  # programs that a processor holds
+    row: Any
+    col: Any
+    prune: Any
 
 
-TILES = (Tile(32, 8, 1, 16), Tile(64, 16, 2, 6), Tile(128, 16, 4, 2))
-LARGE = Tile(0, 0, 8, 3)  # no tile: costs are read again in every iteration
+class Outcome(NamedTuple):
+    """Span distance (or the bound that was beaten), residual, iterations, abandoned."""
+
+    distance: Any
+    residual: Any
+    iterations: Any
+    abandoned: Any
 
 
 @triton.jit
-def can_win(bound, best, row, col, some, prune, word):
-    """The test of beaten for a vector of at most 32 pairs.
+def larger(bound, value):
+    """The larger of both, the bound if the value is not a number."""
+    return tl.where(bound < value, value, bound)
 
-    Every warp loads for itself: what one thread found is passed to all through memory.
+
+@triton.jit
+def cannot_win(bound, of_row, of_col, prune):
+    """Whether a bound is strictly above the best distances of both spans.
+
+    Ties are computed, so that the result never depends on the order of the pairs.
     """
-    of_row = tl.load(best + row, mask=some, other=0, volatile=True).to(tl.float32, bitcast=True)
-    of_col = tl.load(best + col, mask=some, other=0, volatile=True).to(tl.float32, bitcast=True)
-    alive = some & ~((prune != 0) & (bound > of_row) & (bound > of_col))
-    lane = tl.arange(0, BATCH)
-    tl.atomic_xchg(word, tl.sum(alive.to(tl.int32) << lane, 0))
-    return (tl.atomic_add(word, 0) >> lane) & 1 != 0
+    return (prune != 0) & (bound > of_row) & (bound > of_col)
 
 
-@triton.jit(do_not_specialize=["count", "total", "n_iters", "longest", "prune"])
-def solve_kernel(
-    costs, spans, group_norm, blocks, pair_first, count, order, total, queue, counts, best,
-    values, residuals, iterations, words, scratch, longest, reg, tol, n_iters, prune,
-    UNIT_IS_NORM: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+@triton.jit
+def beaten(bound, rivals):
+    """Whether the pair cannot win any more; other programs lower the best distances meanwhile.
+
+    Read by atomics: one thread reads for all, where each thread's own load could see another
+    minimum, and the warps of a program would go different ways.
+    """
+    of_row = tl.atomic_add(rivals.row, 0).to(tl.float32, bitcast=True)
+    of_col = tl.atomic_add(rivals.col, 0).to(tl.float32, bitcast=True)
+    return cannot_win(bound, of_row, of_col, rivals.prune)
+
+
+@triton.jit
+def solve_pair(
+    costs, eps, n_iters, tol, bound, rivals, scratch, longest,
+    SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """Take pairs from the queue until it is empty. SIZE: of the tile, 0 for spans that fit none.
+    """The Outcome of a pair; bound: what is known of its distance.
 
-    counts: bounded away, abandoned, solved, stopped at n_iters.
+    SIZE, LANES: of a tile that holds the pair, or 0. Then scratch (3, longest) is for potentials.
     """
-    lane = tl.arange(0, BATCH)
-    bounded = total * 0
-    left = total * 0
-    solved = total * 0
-    stopped = total * 0
-    step = total * 0 + 1
-    at = tl.atomic_add(queue, step)
-    while at < total:
-        slot = at + lane
-        there = (lane < step) & (slot < total)
-        pair = tl.load(order + slot, mask=there, other=0)
-        b = find(pair_first, count, pair)
-        local = pair - tl.load(pair_first + b)
-        col_spans = tl.load(blocks + b * BLOCK + COL_SPANS)
-        row = tl.load(blocks + b * BLOCK + ROW_SPAN) + local // col_spans
-        col = tl.load(blocks + b * BLOCK + COL_SPAN) + local % col_spans
-        place = tl.load(blocks + b * BLOCK + PAIR_OFFSET) + local
-        bound = tl.load(values + place, mask=there, other=0.0)
-        alive = there & has_scale(group_norm, tl.load(blocks + b * BLOCK + GROUP))
-        alive = can_win(bound, best, row, col, alive, prune, words + tl.program_id(0))
-        bounded += tl.sum((there & ~alive).to(tl.int32), 0)
-        # one pair at a time while pairs are solved, many where most are skipped
-        step = tl.where(tl.max(alive.to(tl.int32), 0) > 0, 1, BATCH)
-        while tl.max(alive.to(tl.int32), 0) > 0:
-            next_one = tl.min(tl.where(alive, lane, BATCH), 0)
-            chosen = lane == next_one
-            alive &= ~chosen
-            own = blocks + tl.sum(tl.where(chosen, b, 0), 0) * BLOCK
-            p = tl.sum(tl.where(chosen, place, 0), 0)
-            r = tl.sum(tl.where(chosen, row, 0), 0)
-            s = tl.sum(tl.where(chosen, col, 0), 0)
-            known = tl.load(values + p)
-            if beaten(known, best + r, best + s, prune):
-                bounded += 1
-            else:
-                i = tl.load(spans + r * SPAN + SPAN_BEGIN)
-                j = tl.load(spans + s * SPAN + SPAN_BEGIN)
-                n = (tl.load(spans + r * SPAN + SPAN_END) - i).to(tl.int32)
-                m = (tl.load(spans + s * SPAN + SPAN_END) - j).to(tl.int32)
-                i -= tl.load(own + ROW_TOKEN)
-                j -= tl.load(own + COL_TOKEN)
-                ld = tl.load(own + LD)
-                eps = (
-                    reg * tl.load(group_norm + tl.load(own + GROUP)) if UNIT_IS_NORM else reg + 0.0
+    rows = costs.n.to(tl.float32)
+    cols = costs.m.to(tl.float32)
+    unit = eps / LOG2E
+    if SIZE > 0:
+        c = tile.load(costs, SIZE, LANES)
+        f, g = tile.hard_potentials(costs, c, SIZE, LANES)
+        sum_f = tl.sum(f, 0)
+        sum_g = tile.sum_all(g)
+    else:
+        plan = large.Plan(scratch, scratch + longest, scratch + 2 * longest)
+        sum_f, sum_g = large.hard_potentials(costs, plan)
+    bound = larger(bound, (sum_f / rows + sum_g / cols) * unit)
+    abandoned = beaten(bound, rivals)
+    distance = bound
+    error = bound * 0.0
+    it = costs.n * 0
+    if not abandoned:
+        if SIZE > 0:
+            plan = tile.exponentiate(c, f, g, SIZE, LANES, APPROXIMATE)
+        schedule = solve.begin(it)
+        done = abandoned
+        while not done:
+            omega = solve.omega_of(schedule.level)
+            stop_at = solve.pause_at(schedule, it, n_iters)
+            if SIZE > 0:
+                plan, it, residual, drift = tile.iterate(
+                    costs, plan, schedule, omega, it, stop_at, tol, SIZE, LANES, APPROXIMATE
                 )
-                cost = costs + tl.load(own + COST_OFFSET) + i * ld + j
+            else:
+                it, residual, drift = large.iterate(costs, plan, omega, it, APPROXIMATE)
+            lost = solve.diverged(residual, drift)
+            schedule = solve.after_updates(schedule, residual, it, lost)
+            if lost | (drift >= DRIFT):
                 if SIZE > 0:
-                    distance, error, it, abandoned = solve_tile(
-                        cost, ld, n, m, eps, n_iters, tol, known, best + r, best + s, prune,
-                        SIZE, LANES, APPROXIMATE,
-                    )  # fmt: skip
+                    plan = tile.absorb(costs, plan, lost, SIZE, LANES, APPROXIMATE)
                 else:
-                    distance, error, it, abandoned = solve_large(
-                        cost, ld, n, m, eps, n_iters, tol, known, best + r, best + s, prune,
-                        scratch + tl.program_id(0).to(tl.int64) * 3 * longest, longest,
-                        APPROXIMATE,
-                    )  # fmt: skip
-                tl.store(values + p, distance)
-                if abandoned:
-                    left += 1
+                    large.hard_potentials(costs, plan)
+            last = it >= n_iters
+            finish = last | solve.settled(schedule, residual, it, tol)
+            if finish | (it >= schedule.dual_at):
+                if SIZE > 0:
+                    sum_f, sum_g = tile.dual_sums(costs, plan, SIZE, LANES, APPROXIMATE)
                 else:
-                    solved += 1
-                    stopped += (it >= n_iters).to(tl.int32)
-                    tl.store(residuals + p, error)
-                    tl.store(iterations + p, it)
-                    bits = distance.to(tl.int32, bitcast=True)  # in the order of floats >= 0
-                    tl.atomic_min(best + r, bits)
-                    tl.atomic_min(best + s, bits)
-        at = tl.atomic_add(queue, step)
-    tl.atomic_add(counts, bounded.to(tl.int64))
-    tl.atomic_add(counts + 1, left.to(tl.int64))
-    tl.atomic_add(counts + 2, solved.to(tl.int64))
-    tl.atomic_add(counts + 3, stopped.to(tl.int64))
-
-
-def tile_for(longest: int) -> Tile:
-    """The smallest tile that holds the longest span."""
-    return next((tile for tile in TILES if longest <= tile.size), LARGE)
-
-
-def solve(
-    tables: Tables, chunk: Chunk, group_norm: Tensor, costs: Tensor, pairs: Pairs, best: Tensor,
-    counts: Tensor, *, reg: float, unit_is_norm: bool, n_iters: int, tol: float, prune: bool,
-) -> None:  # fmt: skip
-    """Solve the pairs of a chunk whose bounds can still be below the best distance of a span.
-
-    best: (spans,) int32, float bits of the smallest distances so far. counts: (4,), see
-    solve_kernel. prune is no compile-time value: the same code with and without, so that the
-    results are the same bits.
-    """
-    total, longest = chunk.pairs.total, tables.longest
-    target, tile = target_of(costs.device), tile_for(longest)
-    queue = torch.zeros(1, dtype=torch.int32, device=costs.device)
-    # best first: what is solved early prunes the most
-    order = torch.argsort(pairs.value, stable=True)
-    programs = min(total, target.processors * tile.resident)
-    words = torch.empty(programs, dtype=torch.int32, device=costs.device)
-    scratch = costs.new_empty(3 * longest * programs if tile is LARGE else 0)
-    solve_kernel[programs,](
-        costs, tables.spans, group_norm, chunk.blocks, chunk.pairs.first, len(chunk.blocks), order,
-        total, queue, counts, best, *pairs, words, scratch, longest, reg, tol, n_iters, int(prune),
-        UNIT_IS_NORM=unit_is_norm, SIZE=tile.size, LANES=tile.lanes,
-        APPROXIMATE=target.approximate, num_warps=tile.warps, num_stages=1,
-    )  # fmt: skip
+                    sum_f, sum_g = large.dual_sums(costs, plan)
+                dual = (sum_f / rows + sum_g / cols) * unit  # at most W1
+                bound = larger(bound, tl.where(dual < float("inf"), dual, bound))
+                abandoned = beaten(bound, rivals)
+                done = abandoned
+                distance = bound
+                if finish & ~abandoned:
+                    if SIZE > 0:
+                        value, missing = tile.corrected(costs, plan, SIZE, LANES, APPROXIMATE)
+                    else:
+                        value, missing = large.corrected(costs, plan, APPROXIMATE)
+                    error = missing / rows
+                    distance = larger(bound, value / rows * unit)
+                    entropy = eps * LN2 * tl.log2(tl.maximum(rows, cols))
+                    done = last | (error <= solve.tolerance(tol, entropy, eps, distance))
+                schedule = solve.after_dual(schedule, it, finish)
+    return Outcome(distance, tl.where(abandoned, 0.0, error), it, abandoned)

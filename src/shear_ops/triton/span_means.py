@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import BLOCK, COL_SPAN, COL_SPANS, GROUP, PAIR_OFFSET, ROW_SPAN
 from .states import DIMS, TOKENS_AT_ONCE, States, sum_kernel
 from .tables import Chunk, Tables
-from .tasks import BLOCK, COL_SPAN, COL_SPANS, GROUP, PAIR_OFFSET, ROW_SPAN, find, has_scale
+from .tasks import find, has_scale
 
 PAIRS = 256  # of a program
 
@@ -68,7 +69,7 @@ def span_means(states: States, tables: Tables) -> States:
     if spans:
         grid = spans, triton.cdiv(dim, DIMS)
         sum_kernel[grid](
-            states.hidden, tables.spans, means, COLUMNS=3, DIM=dim, T=TOKENS_AT_ONCE, D=DIMS
+            states.hidden, tables.spans, means, OF_SPANS=True, DIM=dim, T=TOKENS_AT_ONCE, D=DIMS
         )
         unit_kernel[spans,](means, sq_norm, DIM=dim, D=min(1024, triton.next_power_of_2(dim)))
     centered = torch.zeros(tables.groups, dtype=torch.int32, device=device)

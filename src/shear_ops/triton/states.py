@@ -10,15 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _C
+from .columns import ROLLOUT, ROLLOUT_BEGIN, ROLLOUT_END, ROLLOUT_GROUP, SPAN, SPAN_BEGIN, SPAN_END
 from .tables import Tables
-from .tasks import (
-    ROLLOUT,
-    ROLLOUT_BEGIN,
-    ROLLOUT_END,
-    ROLLOUT_GROUP,
-    TOKENS,
-    find,
-)
+from .tasks import TOKENS, find
 
 TOKENS_AT_ONCE = 16
 DIMS = 64
@@ -102,13 +96,18 @@ def group_norm_kernel(rollout_norm, rollouts, first_member, members, group_norm)
 
 @triton.jit
 def sum_kernel(
-    hidden, table, sums, COLUMNS: tl.constexpr, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr
+    hidden, table, sums,
+    OF_SPANS: tl.constexpr, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the states [begin, end) of every row of a table of rollouts or spans, (rows, d)."""
+    """Sum of the states of every rollout or, OF_SPANS, every span of a table, (rows, d)."""
     i = tl.program_id(0).to(tl.int64)
     dim = tl.program_id(1) * D + tl.arange(0, D)
-    token = tl.load(table + i * COLUMNS)
-    end = tl.load(table + i * COLUMNS + 1)
+    if OF_SPANS:
+        token = tl.load(table + i * SPAN + SPAN_BEGIN)
+        end = tl.load(table + i * SPAN + SPAN_END)
+    else:
+        token = tl.load(table + i * ROLLOUT + ROLLOUT_BEGIN)
+        end = tl.load(table + i * ROLLOUT + ROLLOUT_END)
     lane = tl.arange(0, T)
     parts = tl.zeros((T, D), tl.float32)
     while token < end:
@@ -208,7 +207,7 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
     slices = triton.cdiv(dim, DIMS)
     sums = new(rollouts, dim)
     sum_kernel[rollouts, slices](
-        hidden, tables.rollouts, sums, COLUMNS=5, DIM=dim, T=TOKENS_AT_ONCE, D=DIMS
+        hidden, tables.rollouts, sums, OF_SPANS=False, DIM=dim, T=TOKENS_AT_ONCE, D=DIMS
     )
     center_kernel[groups, slices](sums, *members, means, DIM=dim, D=DIMS)
     # centred, then rounded: worse than not centred. float32 is not rounded, so always centre

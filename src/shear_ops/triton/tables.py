@@ -8,16 +8,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from .columns import (
+    BLOCK_BEGIN,
+    BLOCK_END,
+    COL_SPAN,
+    COL_SPANS,
+    COL_TOKEN,
+    COL_TOKENS,
+    COST_OFFSET,
+    LD,
+    PAIR_OFFSET,
+    ROLLOUT_BEGIN,
+    ROLLOUT_END,
+    ROLLOUT_GROUP,
+    ROW_SPAN,
+    ROW_SPANS,
+    ROW_TOKEN,
+    ROW_TOKENS,
+    SPAN_BEGIN,
+    SPAN_END,
+    SPAN_ROLLOUT,
+    Integers,
+    named,
+    rows,
+)
 from .tasks import COST_COLS, COST_ROWS, LINES, SPANS, TOKENS
-
-Integers = NDArray[np.int64]
-
-# Columns of a block, as in csrc/plan.h; the last one is added here.
-(GROUP, ROW_SPAN, ROW_SPANS, COL_SPAN, COL_SPANS, ROW_TOKEN, ROW_TOKENS, COL_TOKEN, COL_TOKENS, LD,
- COST_OFFSET, ROW_OFFSET, PAIR_OFFSET, COL_OFFSET) = range(14)  # fmt: skip
 
 
 class Tasks(NamedTuple):
@@ -32,7 +49,7 @@ class Chunk:
     """Blocks whose token costs are in memory at the same time.
 
     Attributes:
-        blocks: (M, 14), see tasks.py.
+        blocks: (M, BLOCK), see columns.py.
         cost_tiles, row_lines, col_lines, row_means, col_means: programs of the launches.
         pairs: of the blocks; pairs.total of them are in the chunk.
         first_touching, touching: for every rollout, the blocks that it is part of, as
@@ -70,8 +87,7 @@ class Tables:
     @property
     def longest(self) -> int:
         """Tokens of the longest span."""
-        spans = self.host["spans"]
-        return int((spans[:, 1] - spans[:, 0]).max(initial=0))
+        return int(_sizes(self.host["spans"]).max(initial=0))
 
 
 class Upload:
@@ -106,6 +122,11 @@ def _tiles(counts: Integers, size: int) -> Integers:
     return -(-counts // size)
 
 
+def _sizes(spans: Integers) -> Integers:
+    """Tokens of spans."""
+    return spans[:, SPAN_END] - spans[:, SPAN_BEGIN]
+
+
 class _Programs:
     """Tasks before their upload."""
 
@@ -121,14 +142,11 @@ def _chunk(
     blocks: Integers, row_of: Integers, col_of: Integers, rollouts: int, upload: Upload
 ) -> Callable[[Tensor], Chunk]:
     """Prepare a chunk of blocks; row_of and col_of are their rollouts."""
-    row_floats = blocks[:, ROW_TOKENS] * blocks[:, COL_SPANS]
-    col_floats = blocks[:, COL_TOKENS] * blocks[:, ROW_SPANS]
-    wide = np.concatenate([blocks, _offsets(col_floats)[:-1, None]], axis=1)
     pairs = blocks[:, ROW_SPANS] * blocks[:, COL_SPANS]
     sides = np.concatenate([row_of, col_of])
     entries = np.concatenate([2 * np.arange(len(blocks)), 2 * np.arange(len(blocks)) + 1])
     order = np.lexsort((entries, sides))
-    table = upload.add(wide)
+    table = upload.add(blocks)
     programs = {
         "cost_tiles": _tiles(blocks[:, ROW_TOKENS], COST_ROWS)
         * _tiles(blocks[:, COL_TOKENS], COST_COLS),
@@ -142,28 +160,44 @@ def _chunk(
     first_touching = upload.add(_offsets(np.bincount(sides, minlength=rollouts)))
     touching = upload.add(entries[order])
     costs = int((blocks[:, COST_OFFSET] + blocks[:, ROW_TOKENS] * blocks[:, LD]).max(initial=0))
+    row_floats = int((blocks[:, ROW_TOKENS] * blocks[:, COL_SPANS]).sum())
+    col_floats = int(_col_floats(blocks).sum())
 
     def on(whole: Tensor) -> Chunk:
         return Chunk(
             table(whole), **{name: t.on(whole) for name, t in tasks.items()},
             first_touching=first_touching(whole), touching=touching(whole), cost_floats=costs,
-            window_floats=int(max(row_floats.sum(), col_floats.sum())),
+            window_floats=max(row_floats, col_floats),
         )  # fmt: skip
 
     return on
 
 
-def blocks_of_sizes(
-    row_spans: Integers, col_spans: Integers, spans: Integers, ld: Integers, cost_offset: Integers,
-    group: Integers,
-) -> Integers:  # fmt: skip
-    """One block per pair of spans, each the whole of its costs."""
-    one = np.ones_like(row_spans)
-    rows, cols = (spans[s, 1] - spans[s, 0] for s in (row_spans, col_spans))
-    return np.stack([
-        group, row_spans, one, col_spans, one, spans[row_spans, 0], rows, spans[col_spans, 0], cols,
-        ld, cost_offset, _offsets(rows)[:-1], np.arange(len(rows)),
-    ], axis=1)  # fmt: skip
+def _col_floats(blocks: Integers) -> Integers:
+    """Of the column windows of blocks, (col_tokens, row_spans) each."""
+    return blocks[:, COL_TOKENS] * blocks[:, ROW_SPANS]
+
+
+def _with_col_offset(blocks: Integers) -> Integers:
+    """Blocks of one chunk as _C.make_plan has them, and where their column windows are."""
+    return rows("block", **named("block", blocks), col_offset=_offsets(_col_floats(blocks))[:-1])
+
+
+def blocks_of_spans(
+    row_span: Integers, col_span: Integers, spans: Integers, **columns: Integers
+) -> Integers:
+    """One block per pair of spans, each the whole of its costs.
+
+    columns: group, ld, cost_offset and pair_offset of the blocks.
+    """
+    one = np.ones_like(row_span)
+    row_tokens, col_tokens = _sizes(spans[row_span]), _sizes(spans[col_span])
+    return rows(
+        "block", row_span=row_span, row_spans=one, col_span=col_span, col_spans=one,
+        row_token=spans[row_span, SPAN_BEGIN], row_tokens=row_tokens,
+        col_token=spans[col_span, SPAN_BEGIN], col_tokens=col_tokens,
+        row_offset=_offsets(row_tokens)[:-1], col_offset=_offsets(col_tokens)[:-1], **columns,
+    )  # fmt: skip
 
 
 SLICE = 2**24  # token costs of spans with themselves that are in memory at the same time
@@ -172,22 +206,23 @@ SLICE = 2**24  # token costs of spans with themselves that are in memory at the 
 def self_pairs(plan: dict[str, Any]) -> list[Integers]:
     """Blocks of spans against themselves, chunk by chunk; those that take no part are left out."""
     spans = plan["spans"]
-    group = plan["rollouts"][spans[:, 2], 4]
+    group = plan["rollouts"][spans[:, SPAN_ROLLOUT], ROLLOUT_GROUP]
     some = np.flatnonzero(group >= 0)
     if not len(some):
         return []
-    sizes = spans[some, 1] - spans[some, 0]
+    sizes = _sizes(spans[some])
     at_once = max(1, SLICE // int(sizes.max()) ** 2)
     chunks = []
     for begin in range(0, len(some), at_once):
         part, size = some[begin : begin + at_once], sizes[begin : begin + at_once]
-        blocks = blocks_of_sizes(part, part, spans, size, _offsets(size * size)[:-1], group[part])
-        blocks[:, PAIR_OFFSET] = part
-        chunks.append(blocks)
+        offset = _offsets(size * size)[:-1]
+        chunks.append(blocks_of_spans(
+            part, part, spans, group=group[part], ld=size, cost_offset=offset, pair_offset=part,
+        ))  # fmt: skip
     return chunks
 
 
-def pairs_of_spans(chunk: Integers, plan: dict[str, Any]) -> Integers:
+def pairs_of_spans(chunk: Integers) -> Integers:
     """Blocks whose "tokens" are spans, and whose "costs" are the pairs: for distances of means."""
     blocks = chunk.copy()
     blocks[:, ROW_TOKEN], blocks[:, ROW_TOKENS] = chunk[:, ROW_SPAN], chunk[:, ROW_SPANS]
@@ -205,28 +240,29 @@ def tables_of(
     """
     rollouts, spans = plan["rollouts"], plan["spans"]
     upload = Upload()
-    groups = rollouts[:, 4]
+    groups = rollouts[:, ROLLOUT_GROUP]
     members = np.argsort(groups, kind="stable")[int((groups < 0).sum()) :]
     found = [upload.add(a) for a in (
         rollouts, spans, _offsets(np.bincount(groups[members], minlength=plan["groups"])), members,
     )]  # fmt: skip
-    tokens = _Programs(_tiles(rollouts[:, 1] - rollouts[:, 0], TOKENS), upload)
+    lengths = rollouts[:, ROLLOUT_END] - rollouts[:, ROLLOUT_BEGIN]
+    tokens = _Programs(_tiles(lengths, TOKENS), upload)
     chunks = []
-    for first, last, *_ in plan["chunks"].tolist():
-        blocks = plan["blocks"][first:last]
-        row_of, col_of = spans[blocks[:, ROW_SPAN], 2], spans[blocks[:, COL_SPAN], 2]
+    for chunk in plan["chunks"]:
+        blocks = _with_col_offset(plan["blocks"][chunk[BLOCK_BEGIN] : chunk[BLOCK_END]])
+        row_of, col_of = (spans[blocks[:, side], SPAN_ROLLOUT] for side in (ROW_SPAN, COL_SPAN))
         if of_means:
-            blocks = pairs_of_spans(blocks, plan)
+            blocks = pairs_of_spans(blocks)
         chunks.append(_chunk(blocks, row_of, col_of, len(rollouts), upload))
     own = [
-        _chunk(blocks, 0 * blocks[:, 0], 0 * blocks[:, 0], 1, upload)
+        _chunk(blocks, none := np.zeros(len(blocks), np.int64), none, 1, upload)
         for blocks in (self_pairs(plan) if with_self else [])
     ]
     whole = upload.to(device)
     on = [f(whole) for f in found]
     return Tables(
         plan, on[0], on[1], plan["groups"], on[2], on[3], tokens.on(whole),
-        [chunk(whole) for chunk in chunks], [chunk(whole) for chunk in own],
+        [on_device(whole) for on_device in chunks], [on_device(whole) for on_device in own],
     )  # fmt: skip
 
 
@@ -234,11 +270,13 @@ def problem_tables(
     n_rows: Integers, n_cols: Integers, n: int, m: int, device: torch.device
 ) -> Tables:
     """The tables of a batch of transport problems, costs (B, n, m): a block per problem."""
-    batch = len(n_rows)
-    ends = np.concatenate([n_rows, n_cols])
-    spans = np.stack([0 * ends, ends, 0 * ends], axis=1)
+    batch, ends = len(n_rows), np.concatenate([n_rows, n_cols])
+    spans = rows("span", begin=0 * ends, end=ends, rollout=0 * ends)
     index = np.arange(batch)
-    blocks = blocks_of_sizes(index, batch + index, spans, 0 * index + m, n * m * index, 0 * index)
+    blocks = blocks_of_spans(
+        index, batch + index, spans, group=0 * index, ld=0 * index + m, cost_offset=n * m * index,
+        pair_offset=index,
+    )  # fmt: skip
     upload = Upload()
     table = upload.add(spans)
     chunk = _chunk(blocks, 0 * index, 0 * index, 1, upload)

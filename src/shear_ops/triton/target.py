@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -51,3 +52,25 @@ def target_of(device: torch.device) -> Target:
     if device.type == "cuda" and not torch.version.hip:
         return Target(count, True, "tf32x3", shared, 0, False)
     return Target(count, False, "ieee", shared, 1, False)
+
+
+@triton.jit
+def exp2(x, APPROXIMATE: tl.constexpr):
+    """2^x; APPROXIMATE: by one PTX instruction."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, APPROXIMATE: tl.constexpr):
+    """log2(x); APPROXIMATE: by one PTX instruction."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)

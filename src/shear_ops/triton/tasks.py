@@ -13,39 +13,13 @@ LINES = 32  # rows or columns of token costs whose windows are reduced
 SPANS = 32  # pairs of one span with others
 TOKENS = 128  # of one rollout
 
-# Columns of the tables that csrc/bindings.cpp makes of a plan; COL_OFFSET is added by tables.py.
-ROLLOUT = tl.constexpr(5)  # columns in all
-ROLLOUT_BEGIN = tl.constexpr(0)
-ROLLOUT_END = tl.constexpr(1)
-ROLLOUT_FIRST_SPAN = tl.constexpr(2)
-ROLLOUT_LAST_SPAN = tl.constexpr(3)
-ROLLOUT_GROUP = tl.constexpr(4)
-
-SPAN = tl.constexpr(3)
-SPAN_BEGIN = tl.constexpr(0)
-SPAN_END = tl.constexpr(1)
-SPAN_ROLLOUT = tl.constexpr(2)
-
-BLOCK = tl.constexpr(14)
-GROUP = tl.constexpr(0)
-ROW_SPAN = tl.constexpr(1)
-ROW_SPANS = tl.constexpr(2)
-COL_SPAN = tl.constexpr(3)
-COL_SPANS = tl.constexpr(4)
-ROW_TOKEN = tl.constexpr(5)
-ROW_TOKENS = tl.constexpr(6)
-COL_TOKEN = tl.constexpr(7)
-COL_TOKENS = tl.constexpr(8)
-LD = tl.constexpr(9)
-COST_OFFSET = tl.constexpr(10)
-ROW_OFFSET = tl.constexpr(11)
-PAIR_OFFSET = tl.constexpr(12)
-COL_OFFSET = tl.constexpr(13)
-
 
 @triton.jit
-def find(first, count, task):
-    """Index b with first[b] <= task < first[b + 1], of `count`; task a scalar or a vector."""
+def find(first, count, task, STRIDE: tl.constexpr = 1):
+    """Index b with first[b] <= task < first[b + 1], of `count`; task a scalar or a vector.
+
+    STRIDE: from one entry of first to the next, for a column of a table.
+    """
     low = task * 0
     step = 1
     while step < count:
@@ -53,7 +27,7 @@ def find(first, count, task):
     while step > 0:
         probe = low + step
         there = probe < count
-        at = tl.load(first + probe, mask=there, other=0)
+        at = tl.load(first + probe * STRIDE, mask=there, other=0)
         low = tl.where(there & (at <= task), probe, low)
         step = step // 2
     return low

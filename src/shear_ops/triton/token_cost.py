@@ -12,23 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _C
+from .columns import BLOCK, COL_TOKEN, COL_TOKENS, COST_OFFSET, GROUP, LD, ROW_TOKEN, ROW_TOKENS
 from .states import States
 from .tables import Chunk
 from .target import target_of
-from .tasks import (
-    BLOCK,
-    COL_TOKEN,
-    COL_TOKENS,
-    COST_COLS,
-    COST_OFFSET,
-    COST_ROWS,
-    GROUP,
-    LD,
-    ROW_TOKEN,
-    ROW_TOKENS,
-    find,
-    has_scale,
-)
+from .tasks import COST_COLS, COST_ROWS, find, has_scale
 
 STRIP = 16  # rows and columns that are repaired together
 NEAR_DUPLICATE = tl.constexpr(_C.NEAR_DUPLICATE)

@@ -7,52 +7,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tasks import (
+from .columns import (
     ROLLOUT,
     ROLLOUT_BEGIN,
     ROLLOUT_END,
-    ROLLOUT_FIRST_SPAN,
     ROLLOUT_GROUP,
-    ROLLOUT_LAST_SPAN,
-    find,
+    ROLLOUT_SPAN_BEGIN,
+    ROLLOUT_SPAN_END,
+    SPAN,
+    SPAN_BEGIN,
+    SPAN_END,
 )
+from .tasks import find
 
 
-@triton.jit(do_not_specialize=["count", "span", "stride"])
+@triton.jit(do_not_specialize=["count"])
 def token_weights_kernel(
-    rollouts, first, count, distance, group_norm, rollout_norm, weights, span, stride,
+    rollouts, spans, first, count, distance, group_norm, rollout_norm, weights,
     BY_GROUP: tl.constexpr, MAXIMUM: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Weights of some tokens of a rollout; 1 where it has no opposing set."""
     task = tl.program_id(0).to(tl.int64)
     i = find(first, count, task)
     rollout = rollouts + i * ROLLOUT
-    begin = tl.load(rollout + ROLLOUT_BEGIN)
-    t = (task - tl.load(first + i)) * T + tl.arange(0, T)
-    there = begin + t < tl.load(rollout + ROLLOUT_END)
+    begin = tl.load(rollout + ROLLOUT_BEGIN) + (task - tl.load(first + i)) * T
+    end = tl.minimum(begin + T, tl.load(rollout + ROLLOUT_END))
+    token = begin + tl.arange(0, T)
+    there = token < end
     group = tl.load(rollout + ROLLOUT_GROUP)
     if group < 0:
-        tl.store(weights + begin + t, tl.full((T,), 1.0, tl.float32), mask=there)
+        tl.store(weights + token, tl.full((T,), 1.0, tl.float32), mask=there)
         return
     norm = tl.load(group_norm + group) if BY_GROUP else tl.load(rollout_norm + i)
-    first_span = tl.load(rollout + ROLLOUT_FIRST_SPAN)
-    most = tl.load(rollout + ROLLOUT_LAST_SPAN) - first_span - 1
-    # span k covers [k stride, k stride + span); the last one reaches to the end of the rollout
-    low = tl.where(t < span, 0, (t - span) // stride + 1)
-    low = tl.minimum(low, most)
-    high = tl.minimum(t // stride, most)
+    # begins and ends increase from span to span: from the last one that ends before these tokens
+    # (or the first of all) to the last one that begins before they end
+    span = tl.load(rollout + ROLLOUT_SPAN_BEGIN)
+    of_rollout = spans + span * SPAN
+    number = tl.load(rollout + ROLLOUT_SPAN_END) - span
+    last = span + find(of_rollout + SPAN_BEGIN, number, end - 1, SPAN)
+    span += find(of_rollout + SPAN_END, number, begin, SPAN)
     pooled = tl.zeros((T,), tl.float32)
-    steps = tl.max(tl.where(there, high - low, 0), 0)
-    step = steps * 0
-    while step <= steps:
-        k = low + step
-        covers = there & (k <= high)
-        d = tl.load(distance + first_span + k, mask=covers, other=0.0)
+    covering = tl.zeros((T,), tl.float32)
+    while span <= last:
+        covers = token >= tl.load(spans + span * SPAN + SPAN_BEGIN)
+        covers &= token < tl.load(spans + span * SPAN + SPAN_END)
+        d = tl.where(covers, tl.load(distance + span), 0.0)
         if MAXIMUM:
             pooled = tl.where((d <= pooled) | (pooled != pooled), pooled, d)  # keeps NaN
         else:
             pooled += d
-        step += 1
+            covering += covers.to(tl.float32)
+        span += 1
     if not MAXIMUM:
-        pooled = pooled / (high - low + 1).to(tl.float32)
-    tl.store(weights + begin + t, tl.where(pooled == 0, 0.0, pooled / norm), mask=there)
+        pooled = pooled / tl.maximum(covering, 1.0)
+    tl.store(weights + token, tl.where(pooled == 0, 0.0, pooled / norm), mask=there)

@@ -1,0 +1,45 @@
+"""Kernels that do nothing but follow the solver's rules of shear_ops.triton.solve, for test_triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from shear_ops.triton import solve
+
+
+@triton.jit
+def next_level_kernel(levels, ratios, out, N: tl.constexpr):
+    """next_level of N levels and ratios."""
+    i = tl.arange(0, N)
+    tl.store(out + i, solve.next_level(tl.load(levels + i), tl.load(ratios + i)))
+
+
+@triton.jit
+def omega_kernel(levels, out, N: tl.constexpr):
+    """omega_of N levels."""
+    i = tl.arange(0, N)
+    tl.store(out + i, solve.omega_of(tl.load(levels + i)))
+
+
+@triton.jit
+def tolerance_kernel(tol, entropies, eps, distances, out, N: tl.constexpr):
+    """The tolerance for N entropies and distances."""
+    i = tl.arange(0, N)
+    allowed = solve.tolerance(tol, tl.load(entropies + i), eps, tl.load(distances + i))
+    tl.store(out + i, allowed)
+
+
+@triton.jit
+def schedule_kernel(residual, tol, n_iters, out, N: tl.constexpr):
+    """Pauses of a pair whose residual stays the same: (N, 3) iteration, dual value due, settled."""
+    it = n_iters * 0
+    schedule = solve.begin(it)
+    for k in tl.static_range(N):
+        it = solve.pause_at(schedule, it, n_iters)
+        schedule = solve.after_updates(schedule, residual, it, False)
+        settled = solve.settled(schedule, residual, it, tol)
+        tl.store(out + 3 * k, it)
+        tl.store(out + 3 * k + 1, (it >= schedule.dual_at).to(tl.int32))
+        tl.store(out + 3 * k + 2, settled.to(tl.int32))
+        schedule = solve.after_dual(schedule, it, settled)
