@@ -113,6 +113,11 @@ py::dict solver() {
   out["finish_again"] = shear::kFinishAgain;
   out["tolerance_share"] = shear::kToleranceShare;
   out["drift_bits"] = shear::kDriftBits;
+  out["entropy_offset"] = shear::kEntropyOffset;
+  out["hot_range"] = shear::kHotRange;
+  out["cooling"] = shear::kCooling;
+  out["least_residual"] = shear::kLeastResidual;
+  out["fresh"] = shear::kFresh;
   return out;
 }
 
@@ -202,6 +207,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("next_level", &shear::next_level, py::arg("level"), py::arg("ratio"));
   m.def("tolerance", &shear::tolerance, py::arg("tol"), py::arg("entropy"), py::arg("eps"),
         py::arg("distance"));
+  m.def("entropy_term", &shear::entropy_term, py::arg("eps"), py::arg("log_longest"));
+  m.def("may_hide", &shear::may_hide, py::arg("n"), py::arg("m"), py::arg("tol"));
+  m.def("first_heat", &shear::first_heat, py::arg("range"));
   m.def("check_batch", &shear::check_batch, py::arg("cu_seqlens"), py::arg("group_ids"),
         py::arg("labels"), py::kw_only(), py::arg("tokens"));
   m.def("plan", &plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),

@@ -69,10 +69,11 @@ SHEAR_HOST_DEVICE int next_level(int level, float ratio) {
   return next;
 }
 
-// What the error of a value is, times the residual: how far potentials may be off. The 2 is for
-// pairs of few tokens, whose log(n) is small.
+// What the error of a value is, times the residual: how far potentials may be off. log(n) alone is
+// too little for pairs of few tokens.
+constexpr float kEntropyOffset = 2.f;
 SHEAR_HOST_DEVICE float entropy_term(float eps, float log_longest) {
-  return eps * (2.f + log_longest);
+  return eps * (kEntropyOffset + log_longest);
 }
 
 // The residual that a value may have: tol, or less where the entropy term is large against the

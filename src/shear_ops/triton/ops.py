@@ -106,7 +106,7 @@ def sinkhorn(
     n_cols: Tensor | None = None,
     *,
     reg: float,
-    n_iters: int = 100,
+    n_iters: int = 5000,
     tol: float = 5e-3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value, residual and iterations (B,) of transport problems, costs (B, n, m)."""

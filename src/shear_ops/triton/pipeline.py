@@ -34,7 +34,7 @@ class Options:
     span: int = 100
     stride: int = 25
     reg: float = 0.03
-    n_iters: int = 100
+    n_iters: int = 5000
     tol: float = 5e-3
     reg_unit: int = 0
     distance: int = 0

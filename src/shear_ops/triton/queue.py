@@ -129,15 +129,19 @@ def costs_of(problem, pair, eps):
 
 
 @triton.jit
-def record(outcome, pair, queue, results):
-    """Write down what became of a pair; an abandoned one keeps its bound."""
+def record(outcome, pair, queue, results, stopped):
+    """Write down what became of a pair; an abandoned one keeps its bound.
+
+    A stopped one is no upper bound: it prunes nothing.
+    """
     tl.store(results.value + pair.place, outcome.distance)
     if not outcome.abandoned:
         tl.store(results.residual + pair.place, outcome.residual)
         tl.store(results.iterations + pair.place, outcome.iterations)
-        bits = outcome.distance.to(tl.int32, bitcast=True)  # in the order of floats >= 0
-        tl.atomic_min(queue.best + pair.row, bits)
-        tl.atomic_min(queue.best + pair.col, bits)
+        if not stopped:
+            bits = outcome.distance.to(tl.int32, bitcast=True)  # in the order of floats >= 0
+            tl.atomic_min(queue.best + pair.row, bits)
+            tl.atomic_min(queue.best + pair.col, bits)
 
 
 @triton.jit(do_not_specialize=["count", "total", "n_iters", "longest", "prune"])
@@ -185,7 +189,7 @@ def solve_kernel(
                     costs_of(problem, pair, eps), eps, n_iters, tol, known, rivals, scratch,
                     longest, SIZE, LANES, APPROXIMATE,
                 )  # fmt: skip
-                record(outcome, pair, queue, results)
+                record(outcome, pair, queue, results, outcome.iterations >= n_iters)
                 abandoned += outcome.abandoned.to(tl.int32)
                 solved += (~outcome.abandoned).to(tl.int32)
                 stopped += (~outcome.abandoned & (outcome.iterations >= n_iters)).to(tl.int32)

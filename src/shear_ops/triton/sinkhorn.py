@@ -14,7 +14,7 @@ import triton.language as tl
 from . import sinkhorn_large as large
 from . import sinkhorn_tile as tile
 from . import solve
-from .solve import DRIFT, LN2, LOG2E
+from .solve import DRIFT, LOG2E
 
 
 class Rivals(NamedTuple):
@@ -78,40 +78,57 @@ def solve_pair(
         f, g = tile.hard_potentials(costs, c, SIZE, LANES)
         sum_f = tl.sum(f, 0)
         sum_g = tile.sum_all(g)
+        costs_range = tile.range_of(costs, c, f, SIZE, LANES)
     else:
         plan = large.Plan(scratch, scratch + longest, scratch + 2 * longest)
         sum_f, sum_g = large.hard_potentials(costs, plan)
+        costs_range = large.range_of(costs, plan)
     bound = larger(bound, (sum_f / rows + sum_g / cols) * unit)
     abandoned = beaten(bound, rivals)
     distance = bound
     error = bound * 0.0
     it = costs.n * 0
     if not abandoned:
+        heat = solve.first_heat(costs_range)
+        entropy = solve.entropy_term(eps, rows, cols)
+        travel = solve.travel(costs.n, costs.m, tol, entropy, eps, heat, costs_range)
         if SIZE > 0:
-            plan = tile.exponentiate(c, f, g, SIZE, LANES, APPROXIMATE)
-        schedule = solve.begin(it)
+            plan = tile.exponentiate(c, f, g, heat, SIZE, LANES, APPROXIMATE)
+        schedule = solve.begin(it, heat)
         done = abandoned
         while not done:
             omega = solve.omega_of(schedule.level)
             stop_at = solve.pause_at(schedule, it, n_iters)
+            wanted = solve.residual_at_heat(schedule, tol, entropy, eps, bound)
             if SIZE > 0:
                 plan, it, residual, drift = tile.iterate(
-                    costs, plan, schedule, omega, it, stop_at, tol, SIZE, LANES, APPROXIMATE
+                    costs, plan, schedule, omega, it, stop_at, wanted, SIZE, LANES, APPROXIMATE
                 )
             else:
-                it, residual, drift = large.iterate(costs, plan, omega, it, APPROXIMATE)
+                it, residual, drift = large.iterate(
+                    costs, plan, omega, schedule.heat, it, APPROXIMATE
+                )
             lost = solve.diverged(residual, drift)
-            schedule = solve.after_updates(schedule, residual, it, lost)
-            if lost | (drift >= DRIFT):
-                if SIZE > 0:
-                    plan = tile.absorb(costs, plan, lost, SIZE, LANES, APPROXIMATE)
-                else:
-                    large.hard_potentials(costs, plan)
             last = it >= n_iters
-            finish = last | solve.settled(schedule, residual, it, tol)
+            hot = schedule.heat > 1.0
+            finish = last | (~hot & solve.settled(schedule, residual, it, wanted))
+            cool = hot & ~lost & (last | (residual <= wanted))
+            before = schedule.heat
+            schedule = solve.after_updates(schedule, residual, it, lost)
+            if cool:
+                schedule = solve.cooled(schedule, last)
+            if lost | cool | (drift >= DRIFT):
+                if SIZE > 0:
+                    plan = tile.absorb(
+                        costs, plan, lost, before, schedule.heat, SIZE, LANES, APPROXIMATE
+                    )
+                elif lost:
+                    large.hard_potentials(costs, plan)
             if finish | (it >= schedule.dual_at):
                 if SIZE > 0:
-                    sum_f, sum_g = tile.dual_sums(costs, plan, SIZE, LANES, APPROXIMATE)
+                    sum_f, sum_g = tile.dual_sums(
+                        costs, plan, schedule.heat, SIZE, LANES, APPROXIMATE
+                    )
                 else:
                     sum_f, sum_g = large.dual_sums(costs, plan)
                 dual = (sum_f / rows + sum_g / cols) * unit  # at most W1
@@ -126,7 +143,6 @@ def solve_pair(
                         value, missing = large.corrected(costs, plan, APPROXIMATE)
                     error = missing / rows
                     distance = larger(bound, value / rows * unit)
-                    entropy = eps * LN2 * tl.log2(tl.maximum(rows, cols))
-                    done = last | (error <= solve.tolerance(tol, entropy, eps, distance))
+                    done = last | (error <= solve.tolerance(tol, travel, eps, distance))
                 schedule = solve.after_dual(schedule, it, finish)
     return Outcome(distance, tl.where(abandoned, 0.0, error), it, abandoned)

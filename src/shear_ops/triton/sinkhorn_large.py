@@ -78,8 +78,8 @@ def hard_columns(costs, plan, STORE: tl.constexpr):
 
 
 @triton.jit
-def update_rows(costs, plan, omega, APPROXIMATE: tl.constexpr):
-    """f -= omega log2(row marginal); returns the L1 error of the marginal before."""
+def update_rows(costs, plan, omega, heat, APPROXIMATE: tl.constexpr):
+    """f -= omega heat log2(row marginal); returns the L1 error of the marginal before."""
     total = costs.scale * 0.0
     i0 = costs.n * 0
     while i0 < costs.n:
@@ -91,10 +91,10 @@ def update_rows(costs, plan, omega, APPROXIMATE: tl.constexpr):
             j = j0 + tl.arange(0, COLS)
             c = part(costs, i, j)
             g = tl.load(plan.g + j, mask=j < costs.m, other=0.0)
-            y += tl.sum(exp2((f[:, None] - c) + g[None, :], APPROXIMATE), 1)
+            y += tl.sum(exp2(((f[:, None] - c) + g[None, :]) * (1.0 / heat), APPROXIMATE), 1)
             j0 += COLS
         y = tl.where(i < costs.n, y, 1.0)
-        tl.store(plan.f + i, f - omega * log2(y, APPROXIMATE), mask=i < costs.n)
+        tl.store(plan.f + i, f - omega * heat * log2(y, APPROXIMATE), mask=i < costs.n)
         total += tl.sum(tl.abs(y - 1.0), 0)
         i0 += ROWS
     tl.debug_barrier()
@@ -102,8 +102,8 @@ def update_rows(costs, plan, omega, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def update_columns(costs, plan, to, omega, APPROXIMATE: tl.constexpr):
-    """to = g - omega log2(column marginal over the wanted one)."""
+def update_columns(costs, plan, to, omega, heat, APPROXIMATE: tl.constexpr):
+    """to = g - omega heat log2(column marginal over the wanted one)."""
     j0 = costs.m * 0
     while j0 < costs.m:
         j = j0 + tl.arange(0, COLS)
@@ -114,10 +114,10 @@ def update_columns(costs, plan, to, omega, APPROXIMATE: tl.constexpr):
             i = i0 + tl.arange(0, ROWS)
             c = part(costs, i, j)
             f = tl.load(plan.f + i, mask=i < costs.n, other=0.0)
-            z += tl.sum(exp2((f[:, None] - c) + g[None, :], APPROXIMATE), 0)
+            z += tl.sum(exp2(((f[:, None] - c) + g[None, :]) * (1.0 / heat), APPROXIMATE), 0)
             i0 += ROWS
         z = tl.where(j < costs.m, z * (costs.m.to(tl.float32) / costs.n.to(tl.float32)), 1.0)
-        tl.store(to + j, g - omega * log2(z, APPROXIMATE), mask=j < costs.m)
+        tl.store(to + j, g - omega * heat * log2(z, APPROXIMATE), mask=j < costs.m)
         j0 += COLS
     tl.debug_barrier()
 
@@ -130,10 +130,31 @@ def hard_potentials(costs, plan):
 
 
 @triton.jit
-def iterate(costs, plan, omega, it, APPROXIMATE: tl.constexpr):
+def range_of(costs, plan):
+    """The largest cost less the smallest F."""
+    highest = costs.scale * 0.0 - FAR
+    least = costs.scale * 0.0 + FAR
+    i0 = costs.n * 0
+    while i0 < costs.n:
+        i = i0 + tl.arange(0, ROWS)
+        f = tl.load(plan.f + i, mask=i < costs.n, other=FAR)
+        least = tl.minimum(least, tl.min(f, 0))
+        j0 = costs.m * 0
+        while j0 < costs.m:
+            j = j0 + tl.arange(0, COLS)
+            inside = (i < costs.n)[:, None] & (j < costs.m)[None, :]
+            c = tl.where(inside, part(costs, i, j), -FAR)
+            highest = tl.maximum(highest, tl.max(tl.max(c, 1), 0))
+            j0 += COLS
+        i0 += ROWS
+    return highest - least
+
+
+@triton.jit
+def iterate(costs, plan, omega, heat, it, APPROXIMATE: tl.constexpr):
     """Update rows and columns once; see sinkhorn_tile.py. Nothing drifts."""
-    error = update_rows(costs, plan, omega, APPROXIMATE)
-    update_columns(costs, plan, plan.g, omega, APPROXIMATE)
+    error = update_rows(costs, plan, omega, heat, APPROXIMATE)
+    update_columns(costs, plan, plan.g, omega, heat, APPROXIMATE)
     return it + 1, error / costs.n.to(tl.float32), omega * 0.0
 
 
@@ -152,7 +173,7 @@ def dual_sums(costs, plan):
 @triton.jit
 def corrected(costs, plan, APPROXIMATE: tl.constexpr):
     """<P, C> + <f, a - P 1> and |a - P 1|_1, both times n, of the plan with exact columns."""
-    update_columns(costs, plan, plan.exact_g, 1.0, APPROXIMATE)
+    update_columns(costs, plan, plan.exact_g, 1.0, 1.0, APPROXIMATE)
     value = costs.scale * 0.0
     error = costs.scale * 0.0
     shift = tl.load(plan.f)  # the mass is right, so any constant may be taken off f

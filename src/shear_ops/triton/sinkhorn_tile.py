@@ -1,6 +1,6 @@
 """A span pair in registers: an engine of sinkhorn.py.
 
-The plan is u_i K_ij v_j with K = 2^(F_i + G_j - C_ij) and all of C, F, G in units of eps * ln 2.
+The plan is u_i K_ij v_j with K = 2^((F_i + G_j - C_ij) / heat), C, F, G in units of eps * ln 2.
 An iteration is multiply-adds over K; F and G absorb log2(u) and log2(v) when those drift, and only
 then are exponentials taken again. The plan is scaled so that every row has mass 1 and every column
 n / m.
@@ -74,9 +74,20 @@ def hard_potentials(costs, c, SIZE: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def exponentiate(c, f, g, SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr):
+def range_of(costs, c, f, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """The largest cost less the smallest F."""
+    i, j = rows_and_columns(SIZE, LANES)
+    inside = (i < costs.n)[:, None, None] & (j < costs.m)[None, :, :]
+    highest = tl.max(tl.max(tl.max(tl.where(inside, c, -FAR), 2), 1), 0)
+    return highest - tl.min(tl.where(i < costs.n, f, FAR), 0)
+
+
+@triton.jit
+def exponentiate(
+    c, f, g, heat, SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr
+):  # fmt: skip
     """The plan of potentials, u = v = 1."""
-    k = exp2((f[:, None, None] - c) + g[None, :, :], APPROXIMATE)
+    k = exp2(((f[:, None, None] - c) + g[None, :, :]) * (1.0 / heat), APPROXIMATE)
     log_u = tl.zeros((SIZE,), tl.float32)
     log_v = tl.zeros((SIZE // LANES, LANES), tl.float32)
     return Plan(k, f, g, log_u, log_v)
@@ -84,17 +95,18 @@ def exponentiate(c, f, g, SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: 
 
 @triton.jit
 def absorb(
-    costs, plan, lost, SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr
+    costs, plan, lost, heat, next_heat,
+    SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """The same plan with u = v = 1; if they are lost, that of the last absorbed potentials."""
-    f = plan.f + tl.where(lost, 0.0, plan.log_u)
-    g = plan.g + tl.where(lost, 0.0, plan.log_v)
-    return exponentiate(load(costs, SIZE, LANES), f, g, SIZE, LANES, APPROXIMATE)
+    """The plan at the next heat with u = v = 1; if they are lost, of the last potentials."""
+    f = plan.f + tl.where(lost, 0.0, heat * plan.log_u)
+    g = plan.g + tl.where(lost, 0.0, heat * plan.log_v)
+    return exponentiate(load(costs, SIZE, LANES), f, g, next_heat, SIZE, LANES, APPROXIMATE)
 
 
 @triton.jit
 def iterate(
-    costs, plan, schedule, omega, it, stop_at, tol,
+    costs, plan, schedule, omega, it, stop_at, wanted,
     SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Update rows and columns up to stop_at, a drifted scaling or a small residual.
@@ -125,7 +137,7 @@ def iterate(
         signal = tl.abs(y - 1.0) + tl.where(tl.abs(log_u) < DRIFT, 0.0, HUGE)
         signal = tl.sum(signal, 0) / rows
         steady = tl.max(tl.max(tl.abs(log_v), 1), 0) < DRIFT
-        wanting = ~settled(schedule, signal, it, tol)
+        wanting = ~settled(schedule, signal, it, wanted)
         go = (it < stop_at) & steady & wanting & (signal < LIMIT)
     residual = tl.sum(tl.abs(y - 1.0), 0) / rows
     drift = tl.max(tl.max(tl.abs(log_v), 1), 0)
@@ -134,18 +146,20 @@ def iterate(
 
 
 @triton.jit
-def dual_sums(costs, plan, SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr):
+def dual_sums(
+    costs, plan, heat, SIZE: tl.constexpr, LANES: tl.constexpr, APPROXIMATE: tl.constexpr
+):  # fmt: skip
     """Sums of feasible potentials.
 
-    f_i = F_i + log2 u_i and g_j = min_i (C_ij - f_i) = G_j - log2 max_i (K_ij u_i) are feasible at
-    any iteration.
+    f_i = F_i + heat log2 u_i and g_j = min_i (C_ij - f_i) = G_j - heat log2 max_i (K_ij u_i) are
+    feasible at any iteration.
     """
     _, j = rows_and_columns(SIZE, LANES)
     is_col = j < costs.m
     u = exp2(plan.log_u, APPROXIMATE)
     highest = tl.max(plan.k * u[:, None, None], 0)
-    reached = plan.g - log2(tl.where(is_col, highest, 1.0), APPROXIMATE)
-    return tl.sum(plan.f + plan.log_u, 0), sum_all(tl.where(is_col, reached, 0.0))
+    reached = plan.g - heat * log2(tl.where(is_col, highest, 1.0), APPROXIMATE)
+    return tl.sum(plan.f + heat * plan.log_u, 0), sum_all(tl.where(is_col, reached, 0.0))
 
 
 @triton.jit
