@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
 import re
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from rich.console import Console
+from safetensors.torch import load, load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import shear_ops
 from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
 from shear_ops import SpanConfig
+from shear_ops.cli import commands, summary
 from shear_ops.cli import main as cli
-from shear_ops.cli.rollouts import load_rollouts
+from shear_ops.cli.report import html_report
+from shear_ops.cli.rollouts import Rollouts, load_rollouts
 from shear_ops.cli.summary import auc, mistake_auc, verdict
+from shear_ops.cli.terminal import print_summary
 
 OPTIONS = ("--span", "16", "--stride", "5")
 
@@ -56,6 +67,22 @@ def process(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "shear_ops", *map(str, command)], capture_output=True, text=True
     )
+
+
+def refused(done: Done, message: str) -> None:
+    """Assert that it ended as bad input does: one line with message, exit code 2."""
+    assert (done.code, done.out) == (2, ""), done
+    assert done.err.startswith("shear-ops: "), done.err
+    assert done.err[:-1].isprintable(), done.err
+    assert message in done.err
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """What is in a folder, by name: bytes of a file, where a link leads."""
+    return {
+        p.name: str(p.readlink()) if p.is_symlink() else p.read_bytes() if p.is_file() else "other"
+        for p in folder.iterdir()
+    }
 
 
 @pytest.fixture
@@ -109,13 +136,402 @@ def test_report(shear: Shear, file: Path, tmp_path: Path) -> None:
 
 
 def test_outputs_do_not_overwrite_each_other(shear: Shear, file: Path, tmp_path: Path) -> None:
-    before, other = file.read_bytes(), tmp_path / "other"
-    for outputs in (("--report", file), ("--report", other, "--out", other), ("--out", file)):
-        done = shear("score", file, *outputs)
-        assert done.code == 2
-        assert "is the input file" in done.err
-    assert file.read_bytes() == before
-    assert not other.exists()
+    other, link, hard = (tmp_path / name for name in ("other", "link", "hard"))
+    link.symlink_to(file)
+    hard.hardlink_to(file)
+    before = contents(tmp_path)
+    for same in (file, link, hard, tmp_path / "." / ".." / tmp_path.name / file.name):
+        for option in ("--report", "--out"):
+            for given in (file, link, hard):
+                refused(shear("score", given, option, same), f"{option} is the input file: {same}")
+    refused(shear("score", file, "--report", other, "--out", other), f"--report is --out: {other}")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+@pytest.mark.parametrize("kind", ["to a file", "dangling", "loop", "to a folder", "/dev/stdout"])
+def test_a_link_is_neither_followed_nor_replaced(
+    kind: str, option: str, shear: Shear, file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    targets = {"to a file": "file", "dangling": "nowhere", "loop": "link", "to a folder": "."}
+    link = tmp_path / "link" if kind in targets else Path(kind)
+    if kind in targets:
+        link.symlink_to(targets[kind])
+    before, where = contents(tmp_path), link.readlink()
+    refused(shear("score", file, option, link), f"cannot write {link}: it is a symbolic link")
+    assert (contents(tmp_path), link.readlink()) == (before, where)
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_what_is_no_regular_file(option: str, shear: Shear, file: Path, tmp_path: Path) -> None:
+    """Pipes and devices are opened, never renamed over; nothing else is touched."""
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    before = contents(tmp_path)
+    other = ["--out", "/dev/null"] if option == "--report" else []
+    for path, reason in {
+        tmp_path: "it exists and is not a regular file",
+        tmp_path / "socket": "it exists and is not a regular file",
+        tmp_path / "loop" / "x": "no such folder",
+        file / "x": "no such folder",
+        Path("/dev/full"): "No space left on device",
+        Path("/proc/nothing"): "No such file or directory",  # which no check foresees
+    }.items():
+        refused(shear("score", file, *OPTIONS, option, path, *other), f"{path}: {reason}")
+    refused(shear("score", file, option, tmp_path / ("x" * 256)), "File name too long")
+    if not other:
+        assert shear("score", file, *OPTIONS, option, "/dev/null").code == 0
+    assert contents(tmp_path) == before
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_a_named_pipe(option: str, shear: Shear, file: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        seen = pool.submit((tmp_path / "pipe").read_bytes)
+        assert shear("score", file, *OPTIONS, option, tmp_path / "pipe").code == 0
+    if option == "--report":
+        assert seen.result().endswith(b"</html>")
+    else:
+        assert load(seen.result())["weights"].shape == (126,)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_pipe_that_nobody_reads_on(
+    shear: Shear, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an error, unlike a closed stdout: the weights are lost."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+
+    def closed(*_: object) -> bytes:
+        os.close(reader)
+        return b"x" * 2**20
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda *a: (opened(*a), closed())[0])
+    refused(shear("score", file, "--out", tmp_path / "pipe"), "pipe: Broken pipe")
+
+
+def test_an_output_is_replaced_whole_or_not_at_all(
+    shear: Shear, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mode stays; a new one gets the umask's. Another name of it keeps the old content."""
+    out, report, other = (tmp_path / name for name in ("out", "report", "other"))
+    for path in (out, report):
+        path.write_text("old")
+        path.chmod(0o640)
+    other.hardlink_to(out)
+    before = contents(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        for option, path in (("--out", out), ("--report", report)):
+            refused(shear("score", file, *OPTIONS, option, path), f"cannot write {path}: No space")
+    assert contents(tmp_path) == before
+    assert shear("score", file, *OPTIONS, "--out", out, "--report", report).code == 0
+    assert other.read_text() == "old"
+    assert load_file(out)["weights"].shape == (126,)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (out, report)} == {0o640}
+    umask = os.umask(0o027)
+    try:
+        assert shear("score", file, *OPTIONS, "--out", tmp_path / "new").code == 0
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+    assert {p.name for p in tmp_path.iterdir()} == {"new", "other", "out", "report", file.name}
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_outputs_without_permission(
+    place: str, shear: Shear, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked before any work. The answer is made up: root may write everywhere."""
+    out = tmp_path / "out"
+    out.write_text("old")
+    protected = out if place == "file" else tmp_path
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != protected and allowed(p, mode))
+    monkeypatch.setattr(commands, "load_rollouts", None)
+    for options in (("--out", out), ("--report", out, "--out", "/dev/null")):
+        refused(shear("score", file, *options), f"cannot write {out}: permission denied")
+    assert out.read_text() == "old"
+
+
+NAMES = {
+    "markup": "[bold]b[red]",
+    "closing markup": "run[",  # and then a /1]: it used to be a traceback
+    "emoji": ":smile:",
+    "newline": "a\nb",
+    "escape sequence": "\x1b[31mred\x07",
+    "changed direction": "a\u202eb",
+    "no UTF-8": os.fsdecode(b"a\xffb"),
+    "longest": "x" * 255,
+    "two spaces": "a  b",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_names_are_shown_as_they_are(name: str, shear: Shear, file: Path, tmp_path: Path) -> None:
+    """In a line of text without control characters, in JSON exactly unless it is no Unicode."""
+    folder = tmp_path / name
+    folder.mkdir()
+    out, report = folder / name, folder / "1]"
+    command = ("score", file, *OPTIONS, "--out", out, "--report", report)
+    done = shear(*command)
+    assert (done.code, done.err) == (0, "")
+    unicode = name.encode("utf-8", "replace").decode().replace("?", "\ufffd")
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in unicode)
+    assert done.out.endswith(
+        f"report: {tmp_path}/{shown}/1]\nweights: {tmp_path}/{shown}/{shown}\n"
+    )
+    assert strict(shear(*command, "--json").out)["written"] == {
+        "report": f"{tmp_path}/{unicode}/1]", "weights": f"{tmp_path}/{unicode}/{unicode}"
+    }  # fmt: skip
+    assert load(out.read_bytes())["weights"].shape == (126,)
+    assert report.stat().st_size > 1000
+    for bad in (("score", report), ("score", folder / "no"), (*command[:-1], folder)):
+        done = shear(*bad)
+        refused(done, "".join(c if c.isprintable() else repr(c)[1:-1] for c in name))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RecursionError("maximum recursion depth exceeded"),
+        KeyError("key"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp]\n  frame #0: \x1b[1mc10::Error"),
+        torch.OutOfMemoryError("out of memory"),
+        NotImplementedError(),
+        ImportError("libtorch.so: cannot open", name="shear_ops._C"),
+        OSError(40, "Too many levels of symbolic links", "loop\n"),
+        AssertionError("[/bold]"),
+        UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("where", ["load_rollouts", "score_rollouts", "print_summary"])
+def test_any_error_is_one_line(
+    where: str, error: Exception, shear: Shear, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, where, fail)
+    done = shear("score", file, *OPTIONS)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error).split("\n")[0])
+    refused(done, text)
+    if not isinstance(error, (OSError, ValueError)):
+        assert done.err.startswith(f"shear-ops: {type(error).__name__}")
+
+
+@pytest.mark.parametrize("command", ["score", "info"])
+def test_a_stdout_that_takes_nothing(command: str, file: Path) -> None:
+    """Not exit code 120, which is Python's when it tries again at exit."""
+    given = [file, *OPTIONS] if command == "score" else ["--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "shear_ops", command, *map(str, given)],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "shear-ops: [Errno 28] No space left on device\n"
+
+
+def test_closed_streams(file: Path) -> None:
+    for redirect, code in (("score $1 --span 16 --stride 5 >&-", 0), ("score no 2>&-", 2)):
+        script = f'"$0" -m shear_ops {redirect}'
+        done = subprocess.run(
+            ["bash", "-c", script, sys.executable, file], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def strict(text: str) -> Any:
+    """Read JSON as strict readers do: Infinity and NaN are none."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["NaN", "inf"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "one"])
+def test_weights_that_are_no_numbers(
+    value: float, whole: bool, shear: Shear, file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """No such weight is expected; if there is one it is seen, and nothing else breaks."""
+
+    def scored(*arguments: Any) -> summary.Scores:
+        scores = summary.score_rollouts(*arguments)
+        scores.weights[slice(None) if whole else 39] = value
+        return scores
+
+    monkeypatch.setattr(commands, "score_rollouts", scored)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    command = ("score", file, *OPTIONS, "--report", tmp_path / "r", "--reference")
+    seen = strict(shear(*command, "--json").out)
+    assert seen["groups"][0]["max"] is None
+    assert (seen["auc"]["weights"]["pooled"] is None) == math.isnan(value)
+    done = shear(*command)
+    assert done.code == 0, done.err
+    assert ("Some weights are NaN: no AUC" in done.out) == math.isnan(value)
+    page = (tmp_path / "r").read_text()
+    assert f"title='token 2: {value}'" in page
+    colors = re.findall(
+        r"style='background:rgb\(220 40 40/([^)]*)\)' title='token \d+: ([^']+)'", page
+    )
+    assert len(colors) == 106
+    assert {c for c, w in colors if w == str(value)} == {"0.000" if math.isnan(value) else "0.800"}
+    assert all(0 <= float(c) <= 0.8 for c, _ in colors)
+
+
+def test_states_that_are_no_numbers_with_check_finite_off(file: Path) -> None:
+    """The parts of the report and of the terminal, as nothing refuses the file for them."""
+    rollouts = load_rollouts(file)
+    rollouts.hidden[39] = math.nan
+    config = SpanConfig(**CONFIG, check_finite=False)
+    scores = summary.score_rollouts(rollouts, config, "cpu")
+    assert bool(scores.weights[37:42].isnan().all())
+    facts = summary.summarize(scores, summary.reference_check(scores)) | {"written": {}}
+    page = html_report(scores, facts, 2)
+    assert "/nan)" not in page
+    assert "title='token 0: nan'" in page
+    console = Console(file=io.StringIO(), force_terminal=True)
+    print_summary(console, scores, facts, 2)
+    assert strict(json.dumps(commands.finite(facts)))["groups"][0]["mean"] is None
+
+
+def test_where_a_state_is_not_finite(shear: Shear, tmp_path: Path) -> None:
+    """Rollout, group and token as the file counts them, whatever the layout."""
+    rollouts, tokens = 16, 30
+    hidden = torch.randn(rollouts, tokens, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(rollouts, tokens, dtype=torch.bool)
+    mask[:, :4] = False  # padded on the left, and a hole
+    mask[:, 10] = False
+    hidden[~mask] = torch.nan
+    given = {"group_ids": torch.arange(rollouts) // 4 + 100, "labels": torch.arange(rollouts) % 2}
+    for value, kind in ((math.nan, "NaN"), (math.inf, "Inf"), (-math.inf, "Inf")):
+        bad = hidden.clone()
+        bad[9, 17, 3] = value
+        save_file({**given, "hidden": bad, "mask": mask}, tmp_path / "padded")
+        packed = {"hidden": bad[mask], "cu_seqlens": torch.arange(0, 16 * 25 + 1, 25)}
+        save_file({**given, **packed}, tmp_path / "packed")
+        for layout, token in (("padded", 17), ("packed", 12)):
+            where = f"got {kind} in rollout 9 of group 102, token {token}\n"
+            refused(shear("score", tmp_path / layout), where)
+
+
+def test_an_error_of_scoring_is_shown_as_it_is(
+    shear: Shear, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise ValueError("hidden must be finite, got NaN in group 7, rollout 2, token 3")
+
+    monkeypatch.setattr(summary, "span_weights", refuse)
+    refused(shear("score", file), "shear-ops: hidden must be finite, got NaN in group 7, rollout 2")
+
+
+@pytest.mark.parametrize("batch", [0, 3], ids=["no rollouts", "no tokens"])
+def test_nothing_to_score(batch: int, shear: Shear, tmp_path: Path) -> None:
+    """With --report a stale report used to stay, without a word."""
+    integers = {n: torch.zeros(batch, dtype=torch.int64) for n in ("group_ids", "labels")}
+    offsets = torch.zeros(batch + 1, dtype=torch.int64)
+    save_file({"hidden": torch.zeros(0, 3), "cu_seqlens": offsets, **integers}, tmp_path / "f")
+    (tmp_path / "r").write_text("stale")
+    done = shear("score", tmp_path / "f", "--report", tmp_path / "r", "--reference")
+    assert (done.code, done.err) == (0, "")
+    assert ("The file has no rollouts." in done.out) == (batch == 0)
+    assert ("<p>No rollouts.</p>" in (tmp_path / "r").read_text()) == (batch == 0)
+    assert "0 tokens" in (tmp_path / "r").read_text()
+
+
+class Work(TorchDispatchMode):
+    """Counts calls, and elements of tensors that go into torch: no clock, so it is exact."""
+
+    calls = elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:  # as x[i] is one
+            given = tree_leaves((args, kwargs))
+            self.elements += sum(x.numel() for x in given if isinstance(x, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Work:
+        sys.setprofile(self.count)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        sys.setprofile(None)
+
+    def count(self, _frame: object, event: str, _argument: object) -> None:
+        self.calls += event in ("call", "c_call")
+
+
+@pytest.mark.parametrize("grows", ["groups", "rollouts of a group", "tokens of a rollout"])
+def test_work_grows_with_the_file(grows: str, shear: Shear, tmp_path: Path) -> None:
+    """8,000 groups took 0.1 s of weights and seconds of table: each group looked at all others."""
+
+    def work(size: int) -> tuple[int, int]:
+        groups, each, tokens = (
+            size if grows == name else 1
+            for name in ("groups", "rollouts of a group", "tokens of a rollout")
+        )
+        rollouts = groups * each * 2
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(rollouts) % 2
+        given = {
+            "hidden": torch.randn(rollouts * tokens * 4, 2, generator=generator),
+            "cu_seqlens": torch.arange(rollouts + 1) * tokens * 4,
+            "group_ids": torch.arange(rollouts) // (2 * each),
+            "labels": labels,
+            "first_wrong": torch.where(labels == 0, 2 * tokens, -1),
+        }
+        save_file(given, tmp_path / "f")
+        command = ("score", tmp_path / "f", "--report", tmp_path / "r", "--json")
+        with Work() as counted:
+            assert shear(*command).code == 0
+        return counted.calls, counted.elements
+
+    work(10)  # imports
+    for small, middle, large in zip(*(work(size) for size in (100, 200, 400)), strict=True):
+        assert middle - small > 10_000
+        assert large - middle < 2.2 * (middle - small)  # 2 if linear, 4 if quadratic
+
+
+def test_a_group_of_more_than_2_24_tokens() -> None:
+    """torch.quantile ends there: it used to be a traceback."""
+    size = 2**24 + 1
+    integers = torch.ones(1, dtype=torch.int64)
+    rollouts = Rollouts(torch.zeros(0, 1), torch.tensor([0, size]), integers, integers)
+    weights = torch.arange(size, dtype=torch.float32)
+    scores = summary.Scores(rollouts, SpanConfig(), weights, None, 0.0)  # type: ignore[arg-type]
+    (row,) = summary.group_rows(scores)
+    assert row["tokens"] == size
+    assert row["p95"] == pytest.approx(0.95 * 2**24, rel=1e-6)
+
+
+def test_many_groups_on_a_terminal(shear: Shear, tmp_path: Path) -> None:
+    """The table ends; JSON and the report do not."""
+    groups = torch.arange(450) // 2
+    given = {"hidden": torch.randn(450, 2), "cu_seqlens": torch.arange(451), "group_ids": groups}
+    save_file({**given, "labels": torch.arange(450) % 2}, tmp_path / "f")
+    done = shear("score", tmp_path / "f", "--report", tmp_path / "r")
+    assert len(re.findall(r"(?m)^ *\d+ +1 +1 +0 +2 ", done.out)) == 200
+    assert "... and 25 more groups" in done.out
+    assert (tmp_path / "r").read_text().count("<tr><td>") == 225
+    assert len(strict(shear("score", tmp_path / "f", "--json").out)["groups"]) == 225
 
 
 def test_a_closed_pipe_loses_no_weights(file: Path) -> None:
@@ -282,15 +698,6 @@ def test_a_base_install_says_what_is_missing(
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
     done = shear("score", file, *OPTIONS, "--report", tmp_path / "r")
     assert done == (1, "", f'shear-ops: {package} is missing: pip install "shear_ops[cli]"\n')
-
-
-def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
-        raise ImportError("broken", name="shear_ops._C")
-
-    monkeypatch.setattr(cli, "_run", broken)
-    with pytest.raises(ImportError, match="broken"):
-        cli.main()
 
 
 def test_a_terminal_without_the_marks(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
 import shear_ops
 from rollouts_for_tests import CONFIG, LENGTHS, arguments, padded
 from shear_ops import SpanConfig
+from shear_ops.cli.output import check_output
 from shear_ops.cli.rollouts import (
     RolloutFileError,
-    check_output,
     load_rollouts,
     save_scores,
     shipped_rollouts,
@@ -265,6 +267,54 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert refusal(tmp_path) == "no such file"
 
 
+def test_a_file_that_changes_after_it_was_read(file: Path) -> None:
+    """The states used to be the bytes of the file, mapped: cut short, it ended the process."""
+    rollouts = load_rollouts(file)
+    with file.open("r+b") as changed:
+        changed.write(b"\0" * 4000)
+        changed.truncate(100)
+    for name, wanted in tensors().items():
+        assert torch.equal(getattr(rollouts, name), wanted), name
+
+
+def test_a_file_that_changes_while_it_is_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = safetensors.safe_open
+
+    def changing(path: Path, framework: str) -> Any:
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        return opened(path, framework)
+
+    monkeypatch.setattr(safetensors, "safe_open", changing)
+    assert refusal(file) == "it changed while it was read"
+
+
+def test_tensors_of_other_names_are_not_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(change(other=torch.zeros(3)), file, METADATA)
+    opened, read = safetensors.safe_open, []
+
+    class Recording:
+        def __init__(self, path: Path, framework: str) -> None:
+            self.file = opened(path, framework)
+
+        def __enter__(self) -> Any:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Recording)
+    load_rollouts(file)
+    assert sorted(read) == sorted(tensors())
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_what_is_written(layout: str, tmp_path: Path) -> None:
     save_file(tensors() if layout == "packed" else padded_file(), tmp_path / "f")
@@ -296,12 +346,14 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
         check_output(tmp_path / "no" / "file")
     with pytest.raises(ValueError, match="is not a regular file"):
         check_output(tmp_path)
-    # a file renamed onto a device replaces it; only looked at here, never written
-    with pytest.raises(ValueError, match="is not a regular file"):
-        check_output(Path("/dev/null"))
+    (tmp_path / "link").symlink_to("old")
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        check_output(tmp_path / "link")
     (tmp_path / "old").write_text("old")
     for name in ("old", "new"):
-        assert check_output(tmp_path / name) == tmp_path / name
+        assert not check_output(tmp_path / name)
+    # a file renamed onto a device would replace it: True means that it is opened
+    assert check_output(Path("/dev/null"))
 
 
 def test_shipped_rollouts_are_what_they_say() -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from model import ModelConfig, Transformer, sample
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from task import END, Problem, Task, Verdict, verify
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +28,7 @@ SHORT = 8  # steps of a problem in the first quarter of training
 RATE, RATE_WIDTH, WARM_UP = 1.5e-3, 128, 100  # the rate falls with the width, as Adam wants it
 CHECK_EVERY, CHECK_GROUPS = 100, 8
 
-console = Console()
+console = Console(markup=False, emoji=False)  # paths are no markup
 
 
 @dataclass
@@ -186,7 +186,7 @@ def save(model: Transformer, task: Task, groups: list[Group], source: str, out: 
         "prompts": json.dumps([problem.prompt for problem, *_ in rollouts]),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out, metadata=metadata)
+    out.write_bytes(to_bytes(tensors, metadata=metadata))  # save_file would replace a link
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 100})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -17,14 +18,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from .. import build_info, cpu_isa
 from ..config import CHOICES, SpanConfig
 from ..ops import backends
+from .output import check_output, escaped, same_file, write_output
 from .report import html_report
-from .rollouts import Rollouts, check_output, load_rollouts, save_scores, shipped_rollouts
+from .rollouts import load_rollouts, save_scores, shipped_rollouts
 from .summary import reference_check, score_rollouts, shown_rollout, summarize
 from .terminal import print_summary
 
 EXTRAS = ("click", "rich", "safetensors", "matplotlib", "pot")
 NUMBERS = {"span": int, "stride": int, "reg": float, "n_iters": int, "tol": float}
 DEFAULTS = SpanConfig()
+OUTPUT = click.Path(readable=False, path_type=Path)  # nobody needs to read what is there
 HELP = {
     "span": "Tokens per span.",
     "stride": "Tokens from one span to the next, at most span.",
@@ -58,7 +61,8 @@ def method_options(command: Command) -> Command:
         help="Default: the best one available.",
     )(command)
     command = click.option("--rollout", type=int, help="Index of the rollout to print.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON only.")(command)
+    help_json = "Print JSON only; a number that is NaN or infinite is null."
+    return click.option("--json", "as_json", is_flag=True, help=help_json)(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,7 +75,7 @@ def commands() -> None:
 @method_options
 @click.option(
     "--report",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     default="shear-report.html",
     show_default=True,
     help="HTML report to write.",
@@ -87,7 +91,7 @@ def demo(report: Path, reference: bool, **options: Any) -> None:
 
     Example: shear-ops demo --span 25 --stride 10
     """
-    _run(load_rollouts(shipped_rollouts()), options, report, reference)
+    _run(shipped_rollouts(), options, report, reference)
 
 
 @commands.command()
@@ -95,12 +99,12 @@ def demo(report: Path, reference: bool, **options: Any) -> None:
 @method_options
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     help="Weights to write.  [default: FILE with .weights.safetensors]",
 )
 @click.option(
     "--report",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     help="HTML report to write: a group's rollouts coloured by token weight, and all tables.",
 )
 @click.option(
@@ -122,13 +126,8 @@ def score(
 
     Example: shear-ops score rollouts.safetensors --report report.html
     """
-    out = out or file.with_suffix(".weights.safetensors")
-    if out.resolve() == file.resolve():
-        raise click.UsageError(f"--out is the input file {file}")
-    if report is not None and report.resolve() in (file.resolve(), out.resolve()):
-        raise click.UsageError(f"--report is the input file, or --out: {report}")
-    check_output(out)
-    _run(load_rollouts(file), options, report, reference, out)
+    out = out or file.parent / f"{file.stem}.weights.safetensors"
+    _run(file, options, report, reference, out)
 
 
 @commands.command()
@@ -140,7 +139,7 @@ def info(as_json: bool) -> None:
     """
     facts = _facts()
     if as_json:
-        click.echo(json.dumps(facts, indent=1))
+        _print_json(facts)
         return
     for name, value in facts.items():
         click.echo(f"{name}:" + ("" if isinstance(value, dict) else f" {value}"))
@@ -175,7 +174,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _run(
-    rollouts: Rollouts,
+    file: Path,
     options: dict[str, Any],
     report: Path | None,
     reference: bool,
@@ -183,10 +182,10 @@ def _run(
 ) -> None:
     """Score, write what was asked for, and print last: a closed pipe loses nothing."""
     as_json, backend = options.pop("as_json"), options.pop("backend")
+    _check_outputs(file, report, out)
+    rollouts = load_rollouts(file)
     shown = shown_rollout(rollouts, options.pop("rollout"))
     config = SpanConfig(**options)
-    if report is not None:
-        check_output(report)
     written = {}
     with _progress(quiet=as_json) as bar:
         task = bar.add_task("scoring", total=2 + reference)
@@ -195,17 +194,44 @@ def _run(
         check = reference_check(scores) if reference else None
         bar.update(task, advance=int(reference), description="report")
         summary = summarize(scores, check)
-        if report is not None and len(rollouts):
-            report.write_text(html_report(scores, summary, shown), encoding="utf-8")
-            written["report"] = str(report)
+        if report is not None:
+            write_output(report, html_report(scores, summary, shown).encode())
+            written["report"] = click.format_filename(report)
         if out is not None:
             save_scores(out, rollouts, scores.weights, scores.found)
-            written["weights"] = str(out)
+            written["weights"] = click.format_filename(out)
     summary["written"] = written
     if as_json:
-        click.echo(json.dumps(summary, indent=1))
+        _print_json(summary)
     else:
-        print_summary(Console(), scores, summary, shown)
+        # texts and paths are others' words: no markup
+        print_summary(Console(markup=False, emoji=False), scores, summary, shown)
+
+
+def _check_outputs(file: Path, report: Path | None, out: Path | None) -> None:
+    """Raise before any work unless both can be written and overwrite nothing that is needed."""
+    seen = {"the input file": file}
+    for option, path in (("--out", out), ("--report", report)):
+        if path is None:
+            continue
+        for name, other in seen.items():
+            if same_file(path, other):
+                raise ValueError(f"{option} is {name}: {escaped(path)}")
+        check_output(path)
+        seen[option] = path
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(finite(value), indent=1, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _progress(quiet: bool) -> Progress:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.api import pair_distances
-from .summary import Scores, cell, verdict
+from .summary import Scores, cell, shade, top_weight, verdict
 
 MATRIX_TOKENS = 4096  # of each rollout: the matrix solves all pairs, nothing bounds them away
 
@@ -42,12 +42,6 @@ img { max-width: 100%; }
 
 def html_report(scores: Scores, summary: dict[str, Any], rollout: int) -> str:
     """Return the report as text: figures, groups, the rollouts of one group, and one matrix."""
-    rollouts = scores.rollouts
-    own = int(rollouts.group_ids[rollout])
-    members = sorted(rollouts.members_of(own), key=lambda i: i != rollout)  # the chosen one first
-    top = max([*torch.cat([scores.weights_of(i) for i in members]).tolist(), 1e-9])
-    prompts = {rollouts.prompts[i] for i in members} if rollouts.prompts else set()
-    common = prompts.pop() if len(prompts) == 1 else ""
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width'>",
@@ -55,6 +49,20 @@ def html_report(scores: Scores, summary: dict[str, Any], rollout: int) -> str:
         f"<body><h1>Token weights</h1><p class='muted'>{_description(summary)}</p>",
         _figures(summary),
         f"<p>{html.escape(verdict(summary))} {_reference(summary)}</p>",
+        *(_groups(scores, summary, rollout) if len(scores.rollouts) else ["<p>No rollouts.</p>"]),
+        "</body></html>",
+    ]
+    return "\n".join(parts)
+
+
+def _groups(scores: Scores, summary: dict[str, Any], rollout: int) -> list[str]:
+    rollouts = scores.rollouts
+    own = int(rollouts.group_ids[rollout])
+    members = sorted(rollouts.members_of(own), key=lambda i: i != rollout)  # the chosen one first
+    top = top_weight(torch.cat([scores.weights_of(i) for i in members]))
+    prompts = {rollouts.prompts[i] for i in members} if rollouts.prompts else set()
+    common = prompts.pop() if len(prompts) == 1 else ""
+    return [
         "<h2>Groups</h2><p class='muted'>mean, p95 and max of the token weights; auc: how well "
         "they separate tokens from the first wrong step on from tokens before it.</p>",
         _table(summary["groups"]),
@@ -63,10 +71,8 @@ def html_report(scores: Scores, summary: dict[str, Any], rollout: int) -> str:
         f"<p>Token weight: 0 <span class='scale'></span> {top:.2f}; point at a token for its "
         "value. <span class='wrong'>Outlined</span>: first wrong step.</p>",
         *(_heat_map(scores, i, top, with_prompt=not common) for i in members),
-        _matrix(scores, rollout, members),
-        "</body></html>",
+        _matrix(scores, rollout),
     ]
-    return "\n".join(parts)
 
 
 def _description(summary: dict[str, Any]) -> str:
@@ -122,7 +128,7 @@ def _heat_map(scores: Scores, rollout: int, top: float, with_prompt: bool) -> st
         shown = html.escape(text).replace("\n", "↵\n")  # a bare line break has no background
         # at most 0.8: text stays readable on it, dark on light as well as light on dark
         spans.append(
-            f"<span{wrong} style='background:rgb(220 40 40/{0.8 * weight / top:.3f})' "
+            f"<span{wrong} style='background:rgb(220 40 40/{0.8 * shade(weight, top):.3f})' "
             f"title='token {t}: {weight:.4f}'>{shown}</span>"
         )
     prompt = html.escape(rollouts.prompts[rollout]) if with_prompt and rollouts.prompts else ""
@@ -133,7 +139,7 @@ def _heat_map(scores: Scores, rollout: int, top: float, with_prompt: bool) -> st
     )
 
 
-def _matrix(scores: Scores, rollout: int, members: list[int]) -> str:
+def _matrix(scores: Scores, rollout: int) -> str:
     """The span-by-span matrix of a rollout and the opposing one nearest to it (paper's Fig. 11)."""
     rollouts, found = scores.rollouts, scores.found
     own = found.rollout == rollout

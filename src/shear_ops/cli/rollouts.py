@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..ops.api import SpanDistances
 from ..ops.batch import STATE_DTYPES, Batch
+from .output import escaped, write_output
 
+TENSORS = ("hidden", "cu_seqlens", "mask", "group_ids", "labels", "tokens", "first_wrong")
 LABELS = {1: "correct", 0: "incorrect", -1: "ignored"}
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -88,8 +90,15 @@ class Rollouts:
 
     def members_of(self, group_id: int) -> list[int]:
         """Return the indices of a group's rollouts, in order."""
-        members: list[int] = (self.group_ids == group_id).nonzero().flatten().tolist()
-        return members
+        return self.groups[group_id]
+
+    @cached_property
+    def groups(self) -> dict[int, list[int]]:
+        """The indices of every group's rollouts, in order of appearance."""
+        groups: dict[int, list[int]] = {}
+        for i, group_id in enumerate(self.group_ids.tolist()):
+            groups.setdefault(group_id, []).append(i)
+        return groups
 
     def group(self, group_id: int) -> Rollouts:
         """Return the rollouts of one group as a batch of its own, packed."""
@@ -122,32 +131,45 @@ def load_rollouts(path: Path) -> Rollouts:
     Raises:
         RolloutFileError: naming the tensor, what was seen and what is wanted.
     """
+    try:
+        return _rollouts(*_read(path))
+    except RolloutFileError as error:
+        raise RolloutFileError(f"{escaped(path)}: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of TENSORS that the file has, all others' names checked, and metadata."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise RolloutFileError(f"{path}: no such file")
+        raise RolloutFileError("no such file")
     try:
+        before = path.stat()
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+            names, metadata = set(file.keys()), file.metadata() or {}
+            # copied: get_tensor maps the file, whose bytes may change or end while they are used
+            tensors = {name: file.get_tensor(name).clone() for name in names & set(TENSORS)}
+        after = path.stat()
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise RolloutFileError(f"{path}: not a readable safetensors file ({reason})") from error
-    try:
-        return _rollouts(tensors, metadata)
-    except RolloutFileError as error:
-        raise RolloutFileError(f"{path}: {error}") from error
-
-
-def _rollouts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Rollouts:
-    layout = "mask" if "mask" in tensors else "cu_seqlens"
-    missing = {"hidden", layout, "group_ids", "labels"} - tensors.keys()
+        raise RolloutFileError(f"not a readable safetensors file ({reason})") from error
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+        raise RolloutFileError("it changed while it was read")
+    missing = {"hidden", _layout(tensors), "group_ids", "labels"} - names
     if missing:
         raise RolloutFileError(
             f"tensors {sorted(missing)} are missing (of hidden, cu_seqlens or mask, group_ids, "
-            f"labels), the file has {sorted(tensors)[:8]}"
+            f"labels), the file has {sorted(names)[:8]}"
         )
-    for name in ("group_ids", "labels", "tokens", "first_wrong", layout):
+    return tensors, metadata
+
+
+def _layout(tensors: dict[str, Tensor]) -> str:
+    return "mask" if "mask" in tensors else "cu_seqlens"
+
+
+def _rollouts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Rollouts:
+    for name in ("group_ids", "labels", "tokens", "first_wrong", _layout(tensors)):
         if name in tensors:
             dtype = tensors[name].dtype
             _want(dtype in INTEGERS, name, dtype, "integers of a signed type, uint8 or bool")
@@ -166,7 +188,7 @@ def _rollouts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Rollouts:
         group_ids=group_ids,
         labels=labels.to(torch.int8),
     )
-    _want(bool(packed.hidden.isfinite().all()), "hidden", "NaN or Inf", "finite states")
+    _check_finite(packed)
     first_wrong = tensors.get("first_wrong")
     if first_wrong is not None:
         first_wrong = first_wrong.long()
@@ -216,6 +238,19 @@ def _check_layout(tensors: dict[str, Tensor], batch: int) -> None:
         _want(tokens.shape == wanted, "tokens", _shape(tokens), str(wanted))
 
 
+def _check_finite(packed: Batch) -> None:
+    finite = packed.hidden.isfinite().all(1)
+    if not bool(finite.all()):
+        token = int(finite.logical_not().nonzero()[0])
+        rollout = int(torch.searchsorted(packed.cu_seqlens, token, right=True)) - 1
+        kind = "NaN" if bool(packed.hidden[token].isnan().any()) else "Inf"
+        position = token - int(packed.cu_seqlens[rollout])
+        if packed.mask is not None:  # where it is in the file
+            position = int(packed.mask[rollout].nonzero()[position])
+        where = f"rollout {rollout} of group {int(packed.group_ids[rollout])}, token {position}"
+        _want(False, "hidden", f"{kind} in {where}", "finite states")
+
+
 def _check_first_wrong(first_wrong: Tensor, lengths: list[int]) -> None:
     batch = len(lengths)
     _want(first_wrong.shape == (batch,), "first_wrong", _shape(first_wrong), f"({batch},)")
@@ -236,7 +271,7 @@ def _shape(tensor: Tensor) -> str:
 def _texts(metadata: dict[str, str], name: str) -> list[str]:
     try:
         texts: Any = json.loads(metadata.get(name, "[]"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         texts = None
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise RolloutFileError(f"metadata {name} must be a JSON list of strings")
@@ -248,31 +283,14 @@ def _shown(text: str) -> str:
     return text.translate(_SHOWN).encode("utf-8", "replace").decode()
 
 
-def check_output(path: Path) -> Path:
-    """Return path if a file can be written there; raise ValueError in one line if not.
-
-    An existing file is replaced, anything else (a folder, a device) is refused: safetensors writes
-    a new file and renames it onto the path, which would replace a device such as /dev/full.
-    """
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: no such folder {path.parent}")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"cannot write {path}: it exists and is not a regular file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"cannot write {path}: permission denied")
-    return path
-
-
 def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDistances) -> None:
     """Write weights (N,) in the layout of the input, and what every span found.
 
     Raises:
         ValueError, OSError: if the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    check_output(path)
     packed = Batch(**rollouts.arguments(), mask=rollouts.mask)
     tensors = {
         "weights": packed.restore(weights),
@@ -288,7 +306,4 @@ def save_scores(path: Path, rollouts: Rollouts, weights: Tensor, found: SpanDist
         tensors["cu_seqlens"] = rollouts.cu_seqlens
     else:
         tensors["mask"] = rollouts.mask
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:  # not an OSError, even for a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
+    write_output(path, save({name: t.contiguous() for name, t in tensors.items()}))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,22 +44,29 @@ def score_rollouts(rollouts: Rollouts, config: SpanConfig, backend: str | None) 
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a positive value exceeds a negative one, ties counting half."""
+    """Probability that a positive value exceeds a negative one, ties counting half.
+
+    NaN if there is one: it has no place in an order.
+    """
+    if bool(positive.isnan().any() | negative.isnan().any()):
+        return math.nan
     ordered = negative.sort().values
     below = torch.searchsorted(ordered, positive)
     not_above = torch.searchsorted(ordered, positive, right=True)
     return float((below + not_above).double().mean() / (2 * len(negative)))
 
 
-def mistake_auc(rollouts: Rollouts, weights: Tensor) -> dict[str, float | int | None]:
+def mistake_auc(
+    rollouts: Rollouts, weights: Tensor, among: Iterable[int] | None = None
+) -> dict[str, float | int | None]:
     """AUC with which weights separate tokens from the first wrong step on from tokens before it.
 
-    Over incorrect rollouts whose first wrong step is known: of all tokens pooled, and the mean over
-    rollouts. Rollouts with no token before it are left out.
+    Over incorrect rollouts (of those among) whose first wrong step is known: of all tokens pooled,
+    and the mean over rollouts. Rollouts with no token before it are left out.
     """
     after, before = [], []
     left_out = 0
-    for i in range(len(rollouts)):
+    for i in range(len(rollouts)) if among is None else among:
         if int(rollouts.labels[i]) != 0:
             continue
         first = rollouts.first_wrong_of(i)
@@ -77,15 +87,18 @@ def mistake_auc(rollouts: Rollouts, weights: Tensor) -> dict[str, float | int | 
     }
 
 
+def _p95(weights: Tensor) -> float:
+    with np.errstate(invalid="ignore"):  # between two infinite weights
+        return float(np.quantile(weights.numpy(), 0.95))  # torch.quantile ends at 2^24 weights
+
+
 def group_rows(scores: Scores) -> list[dict[str, Any]]:
     """One row per group, in order of appearance."""
     rows = []
-    rollouts = scores.rollouts
-    for group_id in dict.fromkeys(rollouts.group_ids.tolist()):
-        members = rollouts.members_of(group_id)
-        labels = rollouts.labels[members].tolist()
+    rollouts, all_labels = scores.rollouts, scores.rollouts.labels.tolist()
+    for group_id, members in rollouts.groups.items():
+        labels = [all_labels[i] for i in members]
         own = torch.cat([scores.weights_of(i) for i in members])
-        part = rollouts.group(group_id)
         rows.append({
             "group": group_id,
             "rollouts": len(members),
@@ -94,9 +107,9 @@ def group_rows(scores: Scores) -> list[dict[str, Any]]:
             "ignored": labels.count(-1),
             "tokens": len(own),
             "mean": float(own.mean()) if len(own) else None,
-            "p95": float(own.quantile(0.95)) if len(own) else None,
+            "p95": _p95(own) if len(own) else None,
             "max": float(own.max()) if len(own) else None,
-            "auc": mistake_auc(part, own)["pooled"],
+            "auc": mistake_auc(rollouts, scores.weights, members)["pooled"],
         })  # fmt: skip
     return rows
 
@@ -149,11 +162,24 @@ def cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def top_weight(weights: Tensor) -> float:
+    """Return the weight that gets the full colour: the largest finite one, above 0."""
+    finite: list[float] = weights[weights.isfinite()].tolist()
+    return max([*finite, 1e-9])
+
+
+def shade(weight: float, top: float) -> float:
+    """Return how much of the colour of top a weight gets, 0 to 1: none where it is NaN."""
+    return 0.0 if math.isnan(weight) else min(weight / top, 1.0)
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """One sentence on the AUC, as it is."""
     value = summary["auc"]["weights"]["pooled"]
     if value is None:
         return "No incorrect rollout with a known first wrong step: no AUC."
+    if math.isnan(value):
+        return "Some weights are NaN: no AUC."
     if value < WEAK_AUC:
         return (
             f"AUC {value:.3f}: on these rollouts the weights hardly separate tokens after the "

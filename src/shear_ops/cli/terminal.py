@@ -9,7 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .summary import Scores, cell, verdict
+from .output import escaped
+from .summary import Scores, cell, shade, top_weight, verdict
+
+MOST_GROUPS = 200  # rows of the table: rich lays out every cell, and nobody reads them
 
 
 def print_summary(console: Console, scores: Scores, summary: dict[str, Any], shown: int) -> None:
@@ -25,9 +28,14 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
         columns = [name for name in summary["groups"][0] if name != "rollouts"]  # fits 80 columns
         for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
-        for row in summary["groups"]:
+        for row in summary["groups"][:MOST_GROUPS]:
             table.add_row(*(cell(row[name]) for name in columns))
         console.print(table)
+        more = len(summary["groups"]) - MOST_GROUPS
+        if more > 0:
+            console.print(f"... and {more:,} more groups: --json and the report have all")
+    else:
+        console.print("The file has no rollouts.")
     pairs = summary["pairs"]
     console.print(
         f"{summary['tokens']:,} tokens in {1000 * summary['seconds']:.0f} ms. "
@@ -52,22 +60,22 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
             f"{check['largest_difference']:.1e}."
         )
     for what, path in summary["written"].items():
-        console.print(f"{what}: {path}", soft_wrap=True)
+        console.print(f"{what}: {escaped(path)}", soft_wrap=True)
 
 
 def _colored(scores: Scores, rollout: int) -> Text:
     """A rollout as text on a background from white (weight 0) to red, its first mistake marked."""
     rollouts = scores.rollouts
-    weights = scores.weights_of(rollout).tolist()
-    top = max([*weights, 1e-9])
+    own = scores.weights_of(rollout)
+    top = top_weight(own)
     first = rollouts.first_wrong_of(rollout)
     group, label = int(rollouts.group_ids[rollout]), rollouts.label_of(rollout)
     out = Text(f"rollout {rollout} of group {group}, {label}; ")
     out.append("weight 0", style="black on rgb(255,255,255)")
     out.append(f" to {top:.2f}", style="black on rgb(214,40,40)")
     out.append("; ▶ marks the first wrong step\n" if first >= 0 else "\n")
-    for t, (text, weight) in enumerate(zip(rollouts.text_of(rollout), weights, strict=True)):
-        share = weight / top
+    for t, (text, weight) in enumerate(zip(rollouts.text_of(rollout), own.tolist(), strict=True)):
+        share = shade(weight, top)
         color = f"rgb({255 - 41 * share:.0f},{255 - 215 * share:.0f},{255 - 215 * share:.0f})"
         if t == first:
             out.append("▶", style="bold white on blue")
