@@ -158,6 +158,8 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
       if (finish) {
         Solution out = engine.corrected_value();
         out.distance = larger(progress.bound, out.distance);
+        // stopped at a heat: nothing may be left of the plan at 1, and then all mass is missing
+        if (!(out.residual < 2.f)) out.residual = 2.f;
         out.iterations = static_cast<int>(it);
         if (it >= n_iters ||
             out.residual <= tolerance(tol, progress.travel, engine.eps(), out.distance))
@@ -183,12 +185,14 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
       continue;
     }
     const bool cool = hot && (last || residual <= wanted);
+    // read before the barriers of absorb(): a GPU's threads share the engine's heat
+    const float next_heat = last ? 1.f : engine.heat() / kCooling;
     if (engine.drifted() || cool) {
       engine.absorb();
       rebuild = true;
     }
     if (cool) {
-      engine.set_heat(last ? 1.f : engine.heat() / kCooling);
+      engine.set_heat(next_heat);
       level = kFresh;
       before = __builtin_huge_valf();
     }

@@ -18,8 +18,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Problem:
     """Arguments of one call of span_weights.
 
-    ``slow_mixing``: 100 over-relaxed iterations are not enough for some of its span pairs, so that
-    a backend may stop early, and has to say so.
+    ``slow_mixing``: some of its span pairs take hundreds of iterations, so that two backends stop at
+    other ones and differ by more than rounding.
     """
 
     name: str
@@ -254,6 +254,36 @@ def _dimensions_and_scales() -> list[Problem]:
     ]
 
 
+def _sinks() -> list[Problem]:
+    """Costs that range far: tokens of huge norm, one huge channel, masses that hardly differ."""
+    problems = []
+    for times, share in ((50, 0.03), (300, 0.1), (3000, 0.03)):
+        text = Text(90 + times)
+        rollouts = text.rollouts(40, 33, 45, 38)
+        for states in rollouts:
+            sinks = torch.rand(len(states), generator=text.generator) < share
+            states[sinks, 7] = times * (1 + 0.02 * text.normal(int(sinks.sum())))
+        problems.append(
+            problem(
+                f"{share:.0%} sinks of norm {times}", rollouts, [1, 0, 1, 0], span=20, stride=6,
+                slow_mixing=True,
+            )
+        )  # fmt: skip
+    loud = Text(97).rollouts(40, 33, 45)
+    for states in loud:
+        states[:, 3] *= 50
+    # three tokens of 24 against three of 25: 1/200 of the mass has to go all the way
+    far = [Text(98)(24), Text(99)(25)]
+    for states in far:
+        states[:3, 5] += 200
+    return [
+        *problems,
+        problem("a channel 50 times louder", loud, [1, 0, 1], slow_mixing=True),
+        problem("hidden mass", far, [1, 0], span=25, stride=25, slow_mixing=True),
+        problem("spans of two", Text(96, 3).rollouts(40, 40), [1, 0], span=2, stride=2, reg=0.1),
+    ]
+
+
 def _variants() -> list[Problem]:
     text = Text(80)
     prefix = text(12)
@@ -300,6 +330,7 @@ _PARTS: tuple[Callable[[], list[Problem]], ...] = (
     _groups_and_labels,
     _regularisation,
     _dimensions_and_scales,
+    _sinks,
     _variants,
 )
 

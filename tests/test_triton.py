@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import shear_ops
+import solver_steps
 from rollouts_for_tests import CONFIG, arguments
 from shear_ops import _C, SpanConfig
 from shear_ops.ops import backends
@@ -309,3 +310,21 @@ def test_gpu_script_runs_without_a_gpu(tmp_path: Path) -> None:
     assert wanted == {name.removesuffix("-triton") for name in record["entries"]}
     assert "times torch.mm" in done.stdout
     assert "times faster than POT" in done.stdout
+
+
+@pytest.mark.parametrize("name", solver_steps.problems())
+@pytest.mark.parametrize("large", [False, True])
+def test_solver_takes_the_steps_of_the_cpu(
+    name: str, large: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shear_ops.triton import queue
+
+    if large:
+        monkeypatch.setattr(queue, "TILES", ())
+        monkeypatch.setattr(solver_steps, "STEPS", range(1, 21, 3))
+
+    def solve(cost: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found = shear_ops.sinkhorn(cost.to(device), backend="triton", **options)
+        return found.value, found.residual, found.iterations
+
+    solver_steps.assert_same_steps(solve, name)

@@ -141,7 +141,8 @@ def solve_pair(
                         value, missing = tile.corrected(costs, plan, SIZE, LANES, APPROXIMATE)
                     else:
                         value, missing = large.corrected(costs, plan, APPROXIMATE)
-                    error = missing / rows
+                    # stopped at a heat, nothing may be left of the plan at 1: all mass is missing
+                    error = tl.where(missing < 2.0 * rows, missing / rows, 2.0)
                     distance = larger(bound, value / rows * unit)
                     done = last | (error <= solve.tolerance(tol, travel, eps, distance))
                 schedule = solve.after_dual(schedule, it, finish)
