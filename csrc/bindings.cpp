@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "chunks.h"
@@ -51,6 +53,8 @@ void check_config(int64_t span, int64_t stride, double reg, int64_t n_iters, dou
 py::dict plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
               const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
               int64_t distance, int64_t tokens, int64_t threads) {
+  if (threads < 1 || threads > 65'536)
+    throw std::invalid_argument("threads must be in [1, 65536], got " + std::to_string(threads));
   const shear::Config config =
       shear::make_config({.span = span, .stride = stride, .distance = distance});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);

@@ -77,6 +77,12 @@ struct Group {
   std::vector<int64_t> correct, incorrect;  // rollouts
 };
 
+// More than this is refused by name: the sizes that a plan computes stay below 2^63 bytes, and its
+// tables within a few gigabytes.
+constexpr int64_t kMostTokens = INT32_MAX;             // of a call
+constexpr int64_t kMostSpans = int64_t{1} << 26;       // of a call
+constexpr int64_t kMostSpanTokens = int64_t{1} << 20;  // of a span
+
 struct Problem {
   int64_t tokens = 0;
   std::vector<Rollout> rollouts;
@@ -85,12 +91,13 @@ struct Problem {
 };
 
 // cu_seqlens has batch + 1 entries, group_ids and labels have batch entries (labels 1, 0 or -1).
-// Throws std::invalid_argument on offsets that decrease or do not end at `tokens`, and on other
-// labels.
+// Throws std::invalid_argument on offsets that decrease or do not end at `tokens`, on more tokens
+// than kMostTokens, and on other labels.
 void check_batch(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                  const std::vector<int64_t>& labels, int64_t tokens);
 
-// Rollouts, groups and spans of a batch; checks it.
+// Rollouts, groups and spans of a batch; checks it, and throws std::invalid_argument on more or
+// longer spans than above.
 Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                      const std::vector<int64_t>& labels, int64_t tokens, const Config& config);
 

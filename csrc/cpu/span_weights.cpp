@@ -125,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   Tensor value = new_tensor(costs, {batch}, ScalarType::Float);
   Tensor residual = new_tensor(costs, {batch}, ScalarType::Float);
   Tensor iterations = new_tensor(costs, {batch}, ScalarType::Int);
+  if (batch == 0) return {value, residual, iterations};
   const float* data = costs.const_data_ptr<float>();
   float* values = value.mutable_data_ptr<float>();
   float* residuals = residual.mutable_data_ptr<float>();

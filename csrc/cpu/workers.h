@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <string>
 
 namespace shear::cpu {
 
@@ -19,11 +20,24 @@ struct AlignedDelete {
 };
 using Buffer = std::unique_ptr<float[], AlignedDelete>;
 
+// In Python a MemoryError.
+class NoRoom : public std::bad_alloc {
+ public:
+  explicit NoRoom(int64_t floats)
+      : what_("shear_ops: no room for " + std::to_string(floats) +
+              " floats of workspace; a shorter span needs less") {}
+  const char* what() const noexcept override { return what_.c_str(); }
+
+ private:
+  std::string what_;
+};
+
 // Uninitialised floats on a cache line. A solver reads a hundred rows of token costs that lie pages
 // apart: huge pages, where the system grants them, spare it the misses.
 inline Buffer make_buffer(int64_t floats) {
   const auto bytes = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float);
-  void* p = ::operator new[](bytes, std::align_val_t{64});
+  void* p = ::operator new[](bytes, std::align_val_t{64}, std::nothrow);
+  if (p == nullptr) throw NoRoom(floats);
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;

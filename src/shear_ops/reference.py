@@ -205,9 +205,12 @@ def span_distances(
     """
     p = Parameters(**parameters)
     states = _states(hidden, p)
+    offsets = cu_seqlens.tolist()
+    if offsets != sorted(offsets) or (offsets[0], offsets[-1]) != (0, len(states)):
+        raise ValueError("cu_seqlens must not decrease from 0 to the number of tokens")
     where = [
         (i, begin + a, begin + b)
-        for i, (begin, end) in enumerate(pairwise(cu_seqlens.tolist()))
+        for i, (begin, end) in enumerate(pairwise(offsets))
         for a, b in spans(end - begin, p.span, p.stride)
     ]
     rollout, begins, ends = states.new_tensor(where, dtype=torch.int64).reshape(-1, 3).unbind(1)
