@@ -340,7 +340,7 @@ SINKHORN_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "cost must have at least one", {"cost": COST[:, :0]}),
     (ValueError, "cost must have at least one", {"cost": COST[:, :, :0]}),
     (ValueError, "cost must be finite, got NaN or Inf", {"cost": COST / 0}),
-    (ValueError, "cost is on meta, for which there is no backend here", {"cost": COST.to("meta")}),
+    (ValueError, "cost is on meta, which has no data", {"cost": COST.to("meta")}),
     (ValueError, "reg must be positive", {"reg": 0.0}),
     (ValueError, r"n_rows must be in \[1, 3\], got \[1, 4\]", {"n_rows": [1, 4]}),
     (ValueError, r"n_cols must be in \[1, 4\], got \[0, 4\]", {"n_cols": [0, 4]}),

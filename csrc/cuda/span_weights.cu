@@ -42,6 +42,11 @@ std::vector<int64_t> read_anywhere(const Stream& stream, const Tensor& tensor, c
       torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)), name);
 }
 
+std::optional<Tensor> on_host(const std::optional<Tensor>& tensor) {
+  if (!tensor || !on_device(*tensor)) return tensor;
+  return torch::stable::to(*tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
 // One call, up to its outputs.
 class Operator {
  public:
@@ -187,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   if (stream.capturing())
     throw std::runtime_error(
         "sinkhorn cannot be captured in a graph: it reads back a check of cost");
-  auto lengths = used_lengths(n_rows, batch, n, "n_rows");
-  const auto cols = used_lengths(n_cols, batch, m, "n_cols");
+  auto lengths = used_lengths(on_host(n_rows), batch, n, "n_rows");
+  const auto cols = used_lengths(on_host(n_cols), batch, m, "n_cols");
   lengths.insert(lengths.end(), cols.begin(), cols.end());
   STD_TORCH_CHECK(batch <= INT32_MAX, "cost must have fewer than 2^31 problems, got ", batch);
 

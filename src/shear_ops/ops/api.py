@@ -19,7 +19,7 @@ from ..config import (
     check_tol,
 )
 from . import backends
-from .batch import Batch, Integers, as_integers, check_states
+from .batch import INTEGER_DTYPES, Batch, Integers, as_integers, check_dense, check_states
 
 
 class PairCounts(NamedTuple):
@@ -180,6 +180,7 @@ def weighted_advantages(
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         seen = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
         raise TypeError(f"advantages must be a floating-point tensor, got {seen}")
+    check_dense("advantages", advantages)
     batch, chosen = _checked(
         hidden,
         cu_seqlens=cu_seqlens,
@@ -377,10 +378,10 @@ def _in_use(name: str, given: Integers | None, problems: int, size: int) -> Tens
 
 
 def _euclidean(x: Tensor, y: Tensor) -> Tensor:
-    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2] or x.device != y.device:
         raise ValueError(
-            f"y must have x's batch and dimension ({x.shape[0]}, m, {x.shape[2]}), "
-            f"got {tuple(y.shape)}"
+            f"y must have x's batch and dimension ({x.shape[0]}, m, {x.shape[2]}) and device "
+            f"{x.device}, got {tuple(y.shape)} on {y.device}"
         )
     # not the Gram form: it loses the small costs of near-duplicates to cancellation
     return torch.cdist(x.float(), y.float(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -401,6 +402,9 @@ def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
     """
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
+    check_dense("rewards", rewards)
+    if not rewards.is_floating_point() and rewards.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be 1-d, got shape {tuple(rewards.shape)}")
     check_threshold(threshold)
