@@ -102,19 +102,20 @@ def check_number(name: str, value: object) -> float:
 
 def check_threshold(threshold: object) -> None:
     """Raise unless threshold is a number other than NaN, at which no rollout would be correct."""
-    if math.isnan(check_number("threshold", threshold)):
+    number = check_number("threshold", threshold)
+    if number != number:
         raise ValueError("threshold must be a number, got nan")
 
 
 def check_reg(reg: object) -> None:
     """Raise unless reg is a positive finite number."""
     reg = check_number("reg", reg)
-    if not (math.isfinite(reg) and reg > 0):
+    if not 0 < reg < math.inf:  # not by math.isfinite, which torch.compile does not trace
         raise ValueError(f"reg must be positive and finite, got {reg}")
 
 
 def check_tol(tol: object) -> None:
     """Raise unless tol is a non-negative finite number."""
     tol = check_number("tol", tol)
-    if not (math.isfinite(tol) and tol >= 0):
+    if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be non-negative and finite, got {tol}")

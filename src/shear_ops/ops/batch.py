@@ -152,7 +152,8 @@ def check_states(name: str, states: object, dims: tuple[int, ...]) -> Tensor:
     if states.dim() not in dims:
         wanted = " or ".join(f"{d}-d" for d in dims)
         raise ValueError(f"{name} must be {wanted}, got shape {tuple(states.shape)}")
-    if states.shape[-1] < 1:
+    # compiled, a size may be data: the operators check it again
+    if not torch.compiler.is_compiling() and states.shape[-1] < 1:
         raise ValueError(f"{name} must have at least one dimension, got {tuple(states.shape)}")
     return states
 

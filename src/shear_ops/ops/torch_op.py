@@ -22,10 +22,14 @@ NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
 
 
 def span_count(tokens: int, span: int, stride: int) -> int:
-    """Spans of a rollout: the rule of csrc/spans.h, for lengths that may be symbolic."""
-    if tokens == 0:
-        return 0
-    return 1 if tokens <= span else (tokens - span + stride - 1) // stride + 1
+    """Spans of a rollout: the rule of csrc/spans.h, for lengths that may be symbolic.
+
+    Without a branch, which would ask what a symbol is: one span and those behind it; a rollout
+    without tokens has none, any other at least as many tokens as spans.
+    """
+    more = torch.sym_max(0, (tokens - span + stride - 1) // stride)  # type: ignore[no-untyped-call]
+    count: int = torch.sym_min(tokens, 1 + more)  # type: ignore[no-untyped-call]
+    return count
 
 
 def _check_batch(hidden: Tensor, *integers: Tensor) -> None:
