@@ -216,6 +216,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("first_heat", &shear::first_heat, py::arg("range"));
   m.def("check_batch", &shear::check_batch, py::arg("cu_seqlens"), py::arg("group_ids"),
         py::arg("labels"), py::kw_only(), py::arg("tokens"));
+  m.def("not_finite", &shear::not_finite, py::arg("token"), py::arg("cu_seqlens"),
+        py::arg("group_ids"));
   m.def("plan", &plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
         py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
         py::arg("tokens"), py::arg("threads"));

@@ -110,6 +110,8 @@ Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<i
   check_batch(cu_seqlens, group_ids, labels, tokens);  // all of it before anything is allocated
   Problem problem;
   problem.tokens = tokens;
+  problem.cu_seqlens = cu_seqlens;
+  problem.group_ids = group_ids;
   problem.spans.reserve(count_spans(cu_seqlens, config));
   std::unordered_map<int64_t, size_t> index_of_id;
   std::vector<Group> groups;
@@ -133,6 +135,27 @@ Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<i
     problem.groups.push_back(std::move(group));
   }
   return problem;
+}
+
+Problem make_pair_problem(int64_t rows, int64_t cols, const Config& config) {
+  Problem problem = make_problem({0, rows, rows + cols}, {0, 0}, {1, 0}, rows + cols, config);
+  problem.group_ids.clear();
+  return problem;
+}
+
+std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
+                       const std::vector<int64_t>& group_ids) {
+  const auto after = std::upper_bound(cu_seqlens.begin(), cu_seqlens.end(), token);
+  const int64_t rollout = after - cu_seqlens.begin() - 1;
+  const std::string at = std::to_string(token - cu_seqlens[rollout]);
+  const bool pair = group_ids.empty();
+  return (pair ? (rollout == 0 ? "x" : "y") : "hidden") +
+         std::string(" must be finite with norms below 1.8e19, got NaN, Inf or larger at token ") +
+         at +
+         (pair ? ""
+               : " of rollout " + std::to_string(rollout) + " (group " +
+                     std::to_string(group_ids[rollout]) + "), hidden[" + std::to_string(token) +
+                     "]");
 }
 
 }  // namespace shear

@@ -88,6 +88,8 @@ struct Problem {
   std::vector<Rollout> rollouts;
   std::vector<Group> groups;
   std::vector<Span> spans;  // rollout by rollout, in order
+  // as given, for errors; without group ids the two rollouts are x and y of pair_distances
+  std::vector<int64_t> cu_seqlens, group_ids;
 };
 
 // cu_seqlens has batch + 1 entries, group_ids and labels have batch entries (labels 1, 0 or -1).
@@ -100,5 +102,13 @@ void check_batch(const std::vector<int64_t>& cu_seqlens, const std::vector<int64
 // longer spans than above.
 Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                      const std::vector<int64_t>& labels, int64_t tokens, const Config& config);
+
+// The problem of pair_distances: x of `rows` tokens is correct, y of `cols` incorrect.
+Problem make_pair_problem(int64_t rows, int64_t cols, const Config& config);
+
+// The error about a token whose state is not finite, in the words of who gave cu_seqlens and
+// group_ids; without group ids that is x and y. src/shear_ops/ops/batch.py reads the place again.
+std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
+                       const std::vector<int64_t>& group_ids);
 
 }  // namespace shear

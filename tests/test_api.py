@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
+import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +409,42 @@ def test_no_module_uses_private_names_of_another(source: Path) -> None:
         if node.value.id in imported and node.attr.startswith("_") and node.attr != "__file__"
     ]
     assert private == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("at", [(0, 36), (2, 0), (3, 63), (4, 19)])
+def test_errors_say_where_a_state_is_not_finite(
+    at: tuple[int, int], backend: str, value: float
+) -> None:
+    """In the layout of the caller: packed, or padded with holes, where masked tokens count."""
+    rollout, token = at
+    given = arguments()
+    group = int(given["group_ids"][rollout])
+    packed = int(given["cu_seqlens"][rollout]) + token
+    given["hidden"][packed, 3] = value
+    given["hidden"][packed + 1 :, 0] = value  # the first of several
+    pads = padded(given, holes=True)
+    column = int(pads["mask"][rollout].nonzero()[token])
+    place = f"token {token} of rollout {rollout} (group {group}), hidden[{packed}]"
+    seen = f"token {column} of rollout {rollout} (group {group}), hidden[{rollout}, {column}]"
+    calls = (shear_ops.span_weights, shear_ops.span_distances, partial_advantages)
+    for call, (arguments_of_call, wanted) in product(calls, ((given, place), (pads, seen))):
+        with pytest.raises(ValueError, match=f"^hidden must be finite.* at {re.escape(wanted)}$"):
+            call(**arguments_of_call, config=config, backend=backend)
+    for op in (torch.ops.shear.span_weights, torch.ops.shear.span_distances):
+        with pytest.raises(ValueError, match=f"^hidden must be finite.* at {re.escape(place)}$"):
+            op(*given.values())
+
+
+def partial_advantages(**given: Any) -> torch.Tensor:
+    return shear_ops.weighted_advantages(torch.ones(5), **given)
+
+
+@pytest.mark.parametrize(("name", "token"), [("x", 0), ("x", 29), ("y", 0), ("y", 39)])
+def test_pair_distances_says_where_a_state_is_not_finite(name: str, token: int) -> None:
+    given = {"x": torch.randn(30, 4), "y": torch.randn(40, 4)}
+    given[name][token, 1] = math.nan
+    for call in (torch.ops.shear.pair_distances, shear_ops.pair_distances):
+        with pytest.raises(ValueError, match=f"^{name} must be finite.* at token {token}$"):
+            call(**given)

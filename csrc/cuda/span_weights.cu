@@ -67,8 +67,7 @@ class Operator {
       : config_(config),
         hidden_(checked(both, "x")),
         stream_(hidden_.get_device_index()),
-        problem_(
-            make_problem({0, rows, hidden_.size(0)}, {0, 0}, {1, 0}, hidden_.size(0), config_)),
+        problem_(make_pair_problem(rows, hidden_.size(0) - rows, config_)),
         plan_(make_device_plan(problem_, config_, stream_.device())),
         workspace_(new_workspace(hidden_, plan_.workspace.bytes)),
         pipeline_(make_pipeline()) {}

@@ -35,6 +35,7 @@ def plan(
     tokens: int,
     threads: int,
 ) -> dict[str, Any]: ...
+def not_finite(token: int, cu_seqlens: Sequence[int], group_ids: Sequence[int]) -> str: ...
 def make_plan(
     cu_seqlens: Sequence[int],
     group_ids: Sequence[int],

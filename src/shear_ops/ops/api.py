@@ -101,6 +101,9 @@ def _checked(
     chosen = backends.choose(backend, hidden.device, config.distance)
     if chosen == "reference":
         batch.check_values()
+        if config.check_finite:
+            with batch.in_callers_words():
+                batch.check_finite()
     return batch, chosen
 
 
@@ -110,7 +113,8 @@ def _weights(batch: Batch, backend: str, config: SpanConfig) -> Tensor:
         weights = reference.span_weights(*batch.tensors(), **asdict(config)).float()
     else:
         operators = backends.operators(backend)
-        weights = operators.span_weights(*batch.tensors(), **config.op_arguments())
+        with batch.in_callers_words():
+            weights = operators.span_weights(*batch.tensors(), **config.op_arguments())
     return batch.restore(weights)
 
 
@@ -243,9 +247,10 @@ def span_distances(
     if chosen == "reference":
         return _reference_distances(batch, config)
     operators = backends.operators(chosen)
-    distance, nearest, residual, iterations, spans, pairs = operators.span_distances(
-        *batch.tensors(), **config.op_arguments(), prune=prune
-    )
+    with batch.in_callers_words():
+        distance, nearest, residual, iterations, spans, pairs = operators.span_distances(
+            *batch.tensors(), **config.op_arguments(), prune=prune
+        )
     rollout, begin, end = spans.unbind(1)
     return SpanDistances(
         distance=distance,

@@ -8,7 +8,9 @@ Errors name the argument, the value seen and the value wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,10 @@ INTEGER_DTYPES = (
     *OP_INTEGER_DTYPES, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64
 )  # fmt: skip
 STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# The place in the text of csrc/problem.cpp, not_finite().
+_PLACE = re.compile(r"token (\d+) of rollout (\d+) \(group (-?\d+)\), hidden\[\d+\]")
 
 
 class Row(NamedTuple):
@@ -92,6 +98,29 @@ class Batch(NamedTuple):
             tokens=self.hidden.shape[0],
         )
         return self
+
+    def check_finite(self) -> None:
+        """Raise ValueError if a state is NaN or Inf, in the words of the operators."""
+        bad = ~self.hidden.isfinite().all(1)
+        if bool(bad.any()):
+            token = int(bad.nonzero()[0])
+            raise ValueError(
+                _C.not_finite(token, self.cu_seqlens.tolist(), self.group_ids.tolist())
+            )
+
+    @contextmanager
+    def in_callers_words(self) -> Iterator[None]:
+        """Where an operator's error names a token of padded rollouts, name its row and column."""
+        try:
+            yield
+        except ValueError as error:
+            found = _PLACE.search(str(error))
+            if self.mask is None or found is None:
+                raise
+            token, row, group = (int(number) for number in found.groups())
+            column = int(self.mask[row].nonzero()[token])  # the mask may have holes
+            place = f"token {column} of rollout {row} (group {group}), hidden[{row}, {column}]"
+            raise ValueError(_PLACE.sub(place, str(error))) from None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the tensor arguments of torch.ops.shear and of the reference, in their order."""

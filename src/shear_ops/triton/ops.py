@@ -55,7 +55,7 @@ def span_weights(
         given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
         found = run(hidden.contiguous(), tables, given)
         weights = token_weights(found, tables, given)
-        _check_finite(found, given)
+        _check_finite(found, given, cu_seqlens, group_ids)
     return weights
 
 
@@ -66,7 +66,7 @@ def span_distances(
     with _on(hidden):
         given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
         found = run(hidden.contiguous(), tables, given)
-        _check_finite(found, given)
+        _check_finite(found, given, cu_seqlens, group_ids)
     best = found.nearest
     column = tables.spans.unbind(1)
     places = torch.stack([column[SPAN_ROLLOUT], column[SPAN_BEGIN], column[SPAN_END]], 1)
@@ -101,7 +101,7 @@ def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
                 matrix[row : row + n, col - rows : col - rows + m] = part
 
         found = run(hidden, tables, given, offer)
-        _check_finite(found, given)
+        _check_finite(found, given, offsets, offsets[:0])
     return matrix
 
 
@@ -202,13 +202,10 @@ def _prepare(
     return given, tables
 
 
-def _check_finite(found: Found, given: Options) -> None:
+def _check_finite(found: Found, given: Options, cu_seqlens: Tensor, group_ids: Tensor) -> None:
     """The only point at which a call waits for the device."""
     if given.check_finite and (token := int(found.states.bad_token)) < len(found.states.hidden):
-        raise ValueError(
-            "hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token "
-            f"{token}"
-        )
+        raise ValueError(_C.not_finite(token, cu_seqlens.tolist(), group_ids.tolist()))
 
 
 def _check_on_gpu(name: str, tensor: Tensor) -> None:
