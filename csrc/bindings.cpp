@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +15,7 @@
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/plan.h"
+#include "cpu/workers.h"
 #include "cuda/plan.h"
 #include "cuda/tiles.h"
 #include "problem.h"
@@ -22,6 +25,33 @@
 namespace py = pybind11;
 
 namespace {
+
+// What a Python signal handler raised, on its way through torch's dispatcher to the caller. Of
+// pybind11's exceptions this is the one that its base class carries from one module to another by a
+// virtual function alone, so that torch's version of pybind11 does not matter.
+class Raised : public py::builtin_exception {
+ public:
+  Raised() : builtin_exception("interrupted"), error_(std::make_shared<py::error_already_set>()) {}
+  void set_error() const override { error_->restore(); }
+
+ private:
+  std::shared_ptr<py::error_already_set> error_;
+};
+
+unsigned long main_thread;  // NOLINT: as in Python's C API
+
+// Runs the handlers of signals that have arrived, Ctrl-C among them; throws what they raise.
+// Operators run without the GIL, and Python handles signals in its main thread only.
+void check_signals() {
+  using Clock = std::chrono::steady_clock;
+  static Clock::time_point last;  // of the main thread
+  if (PyThread_get_thread_ident() != main_thread) return;
+  const Clock::time_point now = Clock::now();
+  if (now - last < std::chrono::milliseconds(50)) return;
+  last = now;
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw Raised();
+}
 
 py::dict build_info() {
   py::dict sets;
@@ -199,6 +229,9 @@ py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<i
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  main_thread =
+      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  shear::cpu::check_interrupt = &check_signals;
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return shear::cpu::kernels().isa; });
   m.attr("COLUMNS") = columns();

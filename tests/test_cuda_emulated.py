@@ -236,7 +236,7 @@ def test_states_that_are_not_finite(bad: float) -> None:
         torch.ops.shear.span_distances(*given.values())
     assert str(seen.value) == str(wanted.value)
     y = torch.full((4, 3), bad)
-    with pytest.raises(ValueError, match="y must be finite .* at token 0$"):
+    with pytest.raises(ValueError, match=r"y must be finite .* at token 0$"):
         torch.ops.shear_emulated.pair_distances(torch.ones(5, 3), y)
     options = SpanConfig(**case.config, check_finite=False).op_arguments()
     seen = torch.ops.shear_emulated.span_weights(*given.values(), **options)

@@ -9,9 +9,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
 #include <string>
+#include <thread>
 
 namespace shear::cpu {
 
@@ -49,6 +51,10 @@ inline Buffer make_buffer(int64_t floats) {
 
 inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
+// Asked by the calling thread between tasks; throws where the call is to end. There is nothing to
+// ask until csrc/bindings.cpp, which has Python, sets it.
+inline void (*check_interrupt)() = [] {};
+
 class Workers {
  public:
   explicit Workers(int64_t scratch_floats)
@@ -57,14 +63,27 @@ class Workers {
         scratch_(make_buffer(threads_ * stride_)) {}
 
   // Calls task(index, scratch) once for each index in [0, count). Each thread has its own scratch.
+  // An interrupt leaves the tasks that have not begun, and is thrown when the others are done.
   template <typename Task>
   void run(int64_t count, const Task& task) const {
     std::atomic<int64_t> next{0};
+    const std::thread::id caller = std::this_thread::get_id();
+    std::exception_ptr interrupt;  // the caller's: an exception must not leave a thread of torch
     torch::stable::parallel_for(0, std::min(threads_, count), 1, [&](int64_t begin, int64_t end) {
+      const bool asks = std::this_thread::get_id() == caller;
       for (int64_t worker = begin; worker < end; ++worker)
-        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1))
+        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
           task(i, scratch_.get() + worker * stride_);
+          if (!asks) continue;
+          try {
+            check_interrupt();
+          } catch (...) {
+            interrupt = std::current_exception();
+            next = count;
+          }
+        }
     });
+    if (interrupt) std::rethrow_exception(interrupt);
   }
 
  private:
