@@ -125,8 +125,8 @@ def sinkhorn(
     rows = _lengths("n_rows", n_rows, cost, n)
     cols = _lengths("n_cols", n_cols, cost, m)
     pairs = Pairs(
-        torch.empty(batch, device=device), torch.zeros(batch, device=device),
-        torch.zeros(batch, dtype=torch.int32, device=device),
+        cost.new_empty(batch), cost.new_zeros(batch),
+        cost.new_zeros(batch, dtype=torch.int32),
     )  # fmt: skip
     if batch == 0:
         return tuple(pairs)  # type: ignore[return-value]
@@ -134,9 +134,9 @@ def sinkhorn(
         costs = cost.contiguous()
         tables = problem_tables(rows, cols, n, m, device)
         chunk, longest = tables.chunks[0], tables.longest
-        one = torch.ones(1, device=device)
+        one = cost.new_ones(1)
         flag = torch.zeros(1, dtype=torch.int32, device=device)
-        room = torch.empty(chunk.window_floats, device=device)
+        room = cost.new_empty(chunk.window_floats)
         for columns in (False, True):
             bounds.windows(one, tables.spans, chunk, costs, room, flag, columns=columns,
                            what=bounds.MINIMUM, longest=longest)  # fmt: skip
