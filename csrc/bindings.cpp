@@ -239,6 +239,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SOLVER") = solver();
   m.attr("STATIC_SHARED_BYTES") = shear::cuda::kStaticSharedBytes;
   m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
+  m.attr("LEAST_ROLLOUT_NORM") = shear::kLeastRolloutNorm;
   m.attr("MEAN_SHARE") = shear::kMeanShare;
   m.def("omega_of", &shear::omega_of, py::arg("level"));
   m.def("next_level", &shear::next_level, py::arg("level"), py::arg("ratio"));

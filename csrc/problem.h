@@ -19,6 +19,9 @@ enum class Distance : int { kSinkhorn, kChamfer, kMmd, kCosine };
 constexpr const char* kDistances[] = {"sinkhorn", "chamfer", "mmd", "cosine"};
 enum class Normalization : int { kGroup, kRollout };
 constexpr const char* kNormalizations[] = {"group", "rollout"};
+// Distances of a rollout whose mean norm is below this share of its group's, zero in the group's
+// unit, are divided by the group's: no weight is infinite. docs/numerics.md says why.
+constexpr double kLeastRolloutNorm = 0x1p-24;
 enum class Pooling : int { kMax, kMean };
 constexpr const char* kPoolings[] = {"max", "mean"};
 enum class Aggregation : int { kMin, kMean };

@@ -18,6 +18,7 @@ from shear_ops import _C, HiddenBank, SpanConfig, distributed
 from shear_ops.ops import backends
 
 config = SpanConfig(**CONFIG)
+TRIED = ("cpu", "reference", *(["triton"] if backends.interpreted() else []))
 
 
 def weights_of(**given: Any) -> torch.Tensor:
@@ -448,3 +449,32 @@ def test_pair_distances_says_where_a_state_is_not_finite(name: str, token: int) 
     for call in (torch.ops.shear.pair_distances, shear_ops.pair_distances):
         with pytest.raises(ValueError, match=f"^{name} must be finite.* at token {token}$"):
             call(**given)
+
+
+@pytest.mark.parametrize("backend", TRIED)
+@pytest.mark.parametrize("normalization", ["group", "rollout"])
+@pytest.mark.parametrize("zero", [(0,), (3,), (2, 3), (0, 3), (0, 2, 3)])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12])
+def test_no_weight_is_infinite(
+    backend: str, normalization: str, zero: tuple[int, ...], size: float
+) -> None:
+    """Rollouts whose states are zero, or nothing beside the others, have the group's scale."""
+    given = arguments()
+    for i in zero:
+        given["hidden"][slice(*given["cu_seqlens"][i : i + 2])] *= size
+    for pooling, distance in product(("max", "mean"), ("sinkhorn", "chamfer", "mmd", "cosine")):
+        settings = SpanConfig(
+            **CONFIG, normalization=normalization, pooling=pooling, distance=distance
+        )
+        seen = weights_of(**given, config=settings, backend=backend)
+        assert seen.isfinite().all()
+        assert (seen[:106] < 100).all()
+        if len(zero) == 3:
+            assert size > 0 or (seen[:106] == 0).all()
+        elif distance != "cosine":
+            by_group = weights_of(**given, config=SpanConfig(**{
+                **CONFIG, "pooling": pooling, "distance": distance,
+            }), backend=backend)  # fmt: skip
+            for i in zero:
+                tokens = slice(*given["cu_seqlens"][i : i + 2])
+                assert torch.equal(seen[tokens], by_group[tokens])

@@ -7,6 +7,7 @@ SOLVER: dict[str, Any]
 STATIC_SHARED_BYTES: int
 NEAR_DUPLICATE: float
 MEAN_SHARE: float
+LEAST_ROLLOUT_NORM: float
 
 def omega_of(level: int) -> float: ...
 def next_level(level: int, ratio: float) -> int: ...

@@ -36,7 +36,8 @@ class SpanConfig:
             sigma times the RBF maximum mean discrepancy, sigma = mean norm of the group;
             ``"cosine"``: mean norm * (1 - cos of the span means); ``"exact"``: W1 by linear
             programming (reference backend only, needs POT).
-        normalization: distances are divided by the mean norm of the ``"group"`` or ``"rollout"``.
+        normalization: distances are divided by the mean norm of the ``"group"`` or ``"rollout"``
+            (of the group, too, where a rollout's is below 2^-24 of it: all states zero).
         pooling: of the spans that cover a token, ``"max"`` or ``"mean"``.
         aggregation: over the spans of the opposing set, ``"min"`` or ``"mean"``.
         check_finite: raise ValueError on NaN or Inf in hidden. Without, a group that has one gets

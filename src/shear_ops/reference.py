@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LEAST_ROLLOUT_NORM = 2.0**-24  # of the group's mean norm, below which it stands for a rollout's
 CHECK_EVERY = 10  # iterations of sinkhorn from one look at the residual to the next
 
 
@@ -268,6 +269,8 @@ def token_weights(
         for i in correct + incorrect:
             tokens = slice(offsets[i], offsets[i + 1])
             of_rollout = states[tokens].norm(dim=1).mean().item()
+            if of_rollout < LEAST_ROLLOUT_NORM * mean_norm:  # no scale: its weights would be inf
+                of_rollout = mean_norm
             divisor = {"group": mean_norm, "rollout": of_rollout}[p.normalization]
             t = torch.arange(offsets[i], offsets[i + 1], device=states.device)[:, None]
             mine = found.rollout == i
