@@ -7,11 +7,22 @@ if(NOT TORCH_DIR)
   set(TORCH_DIR "$ENV{TORCH_DIR}")
 endif()
 if(NOT TORCH_DIR)
-  # pip's build isolation hides site-packages from sys.path, not from sysconfig
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c "import sysconfig; print(sysconfig.get_path('platlib'))"
-    OUTPUT_VARIABLE _torch_site OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-  set(TORCH_DIR "${_torch_site}/torch")
+  # pip's build isolation hides site-packages from sys.path, not from sysconfig. uv's is an environment of its own, which
+  # knows nothing of the one it builds for: that is the .venv of the project, or activated and so on PATH. A torch of
+  # another environment does no harm: the ABI is stable.
+  set(_torch_pythons "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/.venv/bin/python")
+  string(REPLACE ":" ";" _torch_path "$ENV{PATH}")
+  list(TRANSFORM _torch_path APPEND "/python")
+  foreach(_python IN LISTS _torch_pythons _torch_path)
+    if(EXISTS "${_python}")
+      execute_process(COMMAND "${_python}" -c "import sysconfig; print(sysconfig.get_path('platlib'))"
+        OUTPUT_VARIABLE _torch_site OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _torch_failed)
+      if(NOT _torch_failed AND EXISTS "${_torch_site}/torch/include/torch/csrc/stable/library.h")
+        set(TORCH_DIR "${_torch_site}/torch")
+        break()
+      endif()
+    endif()
+  endforeach()
 endif()
 
 find_path(TorchStable_INCLUDE_DIR torch/csrc/stable/library.h HINTS "${TORCH_DIR}/include" NO_DEFAULT_PATH)
@@ -27,11 +38,17 @@ if(EXISTS "${_torch_version}")
   list(JOIN _torch_parts "." TorchStable_VERSION)
 endif()
 
+if(TORCH_DIR)
+  set(_torch_where "in TORCH_DIR='${TORCH_DIR}'")
+else()
+  set(_torch_where "for '${Python_EXECUTABLE}', in .venv, or for a python on PATH")
+endif()
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(TorchStable
   REQUIRED_VARS TorchStable_LIBRARY TorchStable_CPU_LIBRARY TorchStable_INCLUDE_DIR
   VERSION_VAR TorchStable_VERSION
-  REASON_FAILURE_MESSAGE "no torch in '${TORCH_DIR}': install torch first, or point TORCH_DIR to <site-packages>/torch")
+  REASON_FAILURE_MESSAGE "no torch >= 2.10 ${_torch_where}: install torch first. Where it is: activate its environment, or \
+set TORCH_DIR=<site-packages>/torch, or build without isolation (--no-build-isolation, with scikit-build-core and pybind11 installed)")
 
 if(TorchStable_FOUND AND NOT TARGET TorchStable::TorchStable)
   add_library(TorchStable::TorchStable INTERFACE IMPORTED)

@@ -4,13 +4,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "chunks.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/plan.h"
+#include "cpu/workers.h"
 #include "cuda/plan.h"
 #include "cuda/tiles.h"
 #include "problem.h"
@@ -20,6 +25,33 @@
 namespace py = pybind11;
 
 namespace {
+
+// What a Python signal handler raised, on its way through torch's dispatcher to the caller. Of
+// pybind11's exceptions this is the one that its base class carries from one module to another by a
+// virtual function alone, so that torch's version of pybind11 does not matter.
+class Raised : public py::builtin_exception {
+ public:
+  Raised() : builtin_exception("interrupted"), error_(std::make_shared<py::error_already_set>()) {}
+  void set_error() const override { error_->restore(); }
+
+ private:
+  std::shared_ptr<py::error_already_set> error_;
+};
+
+unsigned long main_thread;  // NOLINT: as in Python's C API
+
+// Runs the handlers of signals that have arrived, Ctrl-C among them; throws what they raise.
+// Operators run without the GIL, and Python handles signals in its main thread only.
+void check_signals() {
+  using Clock = std::chrono::steady_clock;
+  static Clock::time_point last;  // of the main thread
+  if (PyThread_get_thread_ident() != main_thread) return;
+  const Clock::time_point now = Clock::now();
+  if (now - last < std::chrono::milliseconds(50)) return;
+  last = now;
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw Raised();
+}
 
 py::dict build_info() {
   py::dict sets;
@@ -51,6 +83,8 @@ void check_config(int64_t span, int64_t stride, double reg, int64_t n_iters, dou
 py::dict plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
               const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
               int64_t distance, int64_t tokens, int64_t threads) {
+  if (threads < 1 || threads > 65'536)
+    throw std::invalid_argument("threads must be in [1, 65536], got " + std::to_string(threads));
   const shear::Config config =
       shear::make_config({.span = span, .stride = stride, .distance = distance});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
@@ -195,6 +229,9 @@ py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<i
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  main_thread =
+      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  shear::cpu::check_interrupt = &check_signals;
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return shear::cpu::kernels().isa; });
   m.attr("COLUMNS") = columns();
@@ -202,6 +239,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SOLVER") = solver();
   m.attr("STATIC_SHARED_BYTES") = shear::cuda::kStaticSharedBytes;
   m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
+  m.attr("LEAST_ROLLOUT_NORM") = shear::kLeastRolloutNorm;
   m.attr("MEAN_SHARE") = shear::kMeanShare;
   m.def("omega_of", &shear::omega_of, py::arg("level"));
   m.def("next_level", &shear::next_level, py::arg("level"), py::arg("ratio"));
@@ -212,6 +250,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("first_heat", &shear::first_heat, py::arg("range"));
   m.def("check_batch", &shear::check_batch, py::arg("cu_seqlens"), py::arg("group_ids"),
         py::arg("labels"), py::kw_only(), py::arg("tokens"));
+  m.def("not_finite", &shear::not_finite, py::arg("token"), py::arg("cu_seqlens"),
+        py::arg("group_ids"));
   m.def("plan", &plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
         py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
         py::arg("tokens"), py::arg("threads"));

@@ -1,6 +1,8 @@
 #include "chunks.h"
 
 #include <algorithm>
+#include <sstream>
+#include <stdexcept>
 #include <utility>
 
 namespace shear {
@@ -105,10 +107,37 @@ class Planner {
   int64_t bytes_ = 0;  // of the last chunk
 };
 
+// Throws std::invalid_argument on groups that would be cut into more blocks than a plan lists.
+void check_size(const Problem& problem, bool needs_costs, const Budget& budget) {
+  double rollout_pairs = 0, token_pairs = 0, pairs = 0;
+  const auto sum = [&](const std::vector<int64_t>& side, int64_t (Rollout::*count)() const) {
+    double total = 0;
+    for (const int64_t i : side) total += static_cast<double>((problem.rollouts[i].*count)());
+    return total;
+  };
+  for (const Group& group : problem.groups) {
+    rollout_pairs +=
+        static_cast<double>(group.correct.size()) * static_cast<double>(group.incorrect.size());
+    token_pairs += sum(group.correct, &Rollout::tokens) * sum(group.incorrect, &Rollout::tokens);
+    pairs += sum(group.correct, &Rollout::spans) * sum(group.incorrect, &Rollout::spans);
+  }
+  const double bytes =
+      (needs_costs ? 4 * token_pairs : 0) + static_cast<double>(budget.bytes_per_pair) * pairs;
+  // blocks end where spans do: up to four times as many as their bytes ask for
+  if (rollout_pairs + 4 * bytes / static_cast<double>(budget.chunk_bytes) <= kMostBlocks) return;
+  std::ostringstream text;
+  text << "cu_seqlens must give fewer or shorter rollouts to a call, got " << rollout_pairs
+       << " pairs of opposing rollouts with " << token_pairs << " token pairs and " << pairs
+       << " span pairs";
+  throw std::invalid_argument(text.str());
+}
+
 }  // namespace
 
 Chunks make_chunks(const Problem& problem, const Config& config, const Budget& budget) {
-  Planner planner(problem, config.distance != Distance::kCosine, budget);
+  const bool needs_costs = config.distance != Distance::kCosine;
+  check_size(problem, needs_costs, budget);
+  Planner planner(problem, needs_costs, budget);
   for (size_t g = 0; g < problem.groups.size(); ++g)
     for (const int64_t i : problem.groups[g].correct)
       for (const int64_t j : problem.groups[g].incorrect)

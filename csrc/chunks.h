@@ -55,8 +55,11 @@ struct Budget {
 #endif
 constexpr int64_t kDeviceChunkBytes = SHEAR_DEVICE_CHUNK_BYTES;
 
+constexpr int64_t kMostBlocks = int64_t{1} << 23;  // of a plan, about
+
 constexpr int64_t kCostPad = 16;  // floats: rows of costs start on a cache line
 
+// Throws std::invalid_argument on more blocks than kMostBlocks.
 Chunks make_chunks(const Problem& problem, const Config& config, const Budget& budget);
 
 }  // namespace shear

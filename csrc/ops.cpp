@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #define SHEAR_OPTIONS                                                                       \
-  "*, int span=100, int stride=25, float reg=0.03, int n_iters=5000, float tol=5e-3, "       \
+  "*, int span=100, int stride=25, float reg=0.03, int n_iters=5000, float tol=5e-3, "      \
   "int reg_unit=0, int distance=0, int normalization=0, int pooling=0, int aggregation=0, " \
   "bool check_finite=True, bool prune=True)"
 

@@ -1,5 +1,6 @@
 #include "problem.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <unordered_map>
@@ -19,6 +20,23 @@ T to_enum(const char* argument, int64_t value, const char* const (&)[kCount]) {
           std::string(argument) + " must be in [0, " + std::to_string(kCount) + "), got " +
               std::to_string(value));
   return static_cast<T>(value);
+}
+
+// Spans of all rollouts, once it is sure that they are few enough to be listed.
+int64_t count_spans(const std::vector<int64_t>& cu_seqlens, const Config& config) {
+  int64_t spans = 0;
+  for (size_t i = 0; i + 1 < cu_seqlens.size(); ++i) {
+    const int64_t tokens = cu_seqlens[i + 1] - cu_seqlens[i];
+    const int64_t longest = std::min(tokens, config.span);
+    require(longest <= kMostSpanTokens, "span must be at most " + std::to_string(kMostSpanTokens) +
+                                            " for rollouts of so many tokens, got a span of " +
+                                            std::to_string(longest));
+    spans += span_count(tokens, config.span, config.stride);
+  }
+  require(spans <= kMostSpans, "cu_seqlens must make at most " + std::to_string(kMostSpans) +
+                                   " spans, got " + std::to_string(spans) + " with stride " +
+                                   std::to_string(config.stride));
+  return spans;
 }
 
 void append_spans(const Rollout& rollout, int64_t index, const Config& config,
@@ -75,6 +93,8 @@ void check_batch(const std::vector<int64_t>& cu_seqlens, const std::vector<int64
   require(cu_seqlens.back() == tokens, "cu_seqlens must end at the number of tokens, " +
                                            std::to_string(tokens) + ", got " +
                                            std::to_string(cu_seqlens.back()));
+  require(tokens <= kMostTokens,
+          "cu_seqlens must end below 2^31 tokens, got " + std::to_string(tokens));
   for (size_t i = 0; i < batch; ++i) {
     require(cu_seqlens[i] <= cu_seqlens[i + 1],
             "cu_seqlens must not decrease, got " + std::to_string(cu_seqlens[i]) + " before " +
@@ -90,6 +110,9 @@ Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<i
   check_batch(cu_seqlens, group_ids, labels, tokens);  // all of it before anything is allocated
   Problem problem;
   problem.tokens = tokens;
+  problem.cu_seqlens = cu_seqlens;
+  problem.group_ids = group_ids;
+  problem.spans.reserve(count_spans(cu_seqlens, config));
   std::unordered_map<int64_t, size_t> index_of_id;
   std::vector<Group> groups;
   for (size_t i = 0; i < labels.size(); ++i) {
@@ -112,6 +135,27 @@ Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<i
     problem.groups.push_back(std::move(group));
   }
   return problem;
+}
+
+Problem make_pair_problem(int64_t rows, int64_t cols, const Config& config) {
+  Problem problem = make_problem({0, rows, rows + cols}, {0, 0}, {1, 0}, rows + cols, config);
+  problem.group_ids.clear();
+  return problem;
+}
+
+std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
+                       const std::vector<int64_t>& group_ids) {
+  const auto after = std::upper_bound(cu_seqlens.begin(), cu_seqlens.end(), token);
+  const int64_t rollout = after - cu_seqlens.begin() - 1;
+  const std::string at = std::to_string(token - cu_seqlens[rollout]);
+  const bool pair = group_ids.empty();
+  return (pair ? (rollout == 0 ? "x" : "y") : "hidden") +
+         std::string(" must be finite with norms below 1.8e19, got NaN, Inf or larger at token ") +
+         at +
+         (pair ? ""
+               : " of rollout " + std::to_string(rollout) + " (group " +
+                     std::to_string(group_ids[rollout]) + "), hidden[" + std::to_string(token) +
+                     "]");
 }
 
 }  // namespace shear

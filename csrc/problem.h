@@ -19,6 +19,9 @@ enum class Distance : int { kSinkhorn, kChamfer, kMmd, kCosine };
 constexpr const char* kDistances[] = {"sinkhorn", "chamfer", "mmd", "cosine"};
 enum class Normalization : int { kGroup, kRollout };
 constexpr const char* kNormalizations[] = {"group", "rollout"};
+// Distances of a rollout whose mean norm is below this share of its group's, zero in the group's
+// unit, are divided by the group's: no weight is infinite. docs/numerics.md says why.
+constexpr double kLeastRolloutNorm = 0x1p-24;
 enum class Pooling : int { kMax, kMean };
 constexpr const char* kPoolings[] = {"max", "mean"};
 enum class Aggregation : int { kMin, kMean };
@@ -77,21 +80,38 @@ struct Group {
   std::vector<int64_t> correct, incorrect;  // rollouts
 };
 
+// More than this is refused by name: the sizes that a plan computes stay below 2^63 bytes, and its
+// tables within a few gigabytes.
+constexpr int64_t kMostTokens = INT32_MAX;             // of a call
+constexpr int64_t kMostSpans = int64_t{1} << 26;       // of a call
+constexpr int64_t kMostSpanTokens = int64_t{1} << 20;  // of a span
+
 struct Problem {
   int64_t tokens = 0;
   std::vector<Rollout> rollouts;
   std::vector<Group> groups;
   std::vector<Span> spans;  // rollout by rollout, in order
+  // as given, for errors; without group ids the two rollouts are x and y of pair_distances
+  std::vector<int64_t> cu_seqlens, group_ids;
 };
 
 // cu_seqlens has batch + 1 entries, group_ids and labels have batch entries (labels 1, 0 or -1).
-// Throws std::invalid_argument on offsets that decrease or do not end at `tokens`, and on other
-// labels.
+// Throws std::invalid_argument on offsets that decrease or do not end at `tokens`, on more tokens
+// than kMostTokens, and on other labels.
 void check_batch(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                  const std::vector<int64_t>& labels, int64_t tokens);
 
-// Rollouts, groups and spans of a batch; checks it.
+// Rollouts, groups and spans of a batch; checks it, and throws std::invalid_argument on more or
+// longer spans than above.
 Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
                      const std::vector<int64_t>& labels, int64_t tokens, const Config& config);
+
+// The problem of pair_distances: x of `rows` tokens is correct, y of `cols` incorrect.
+Problem make_pair_problem(int64_t rows, int64_t cols, const Config& config);
+
+// The error about a token whose state is not finite, in the words of who gave cu_seqlens and
+// group_ids; without group ids that is x and y. src/shear_ops/ops/batch.py reads the place again.
+std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
+                       const std::vector<int64_t>& group_ids);
 
 }  // namespace shear

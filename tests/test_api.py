@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
+import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from shear_ops import _C, HiddenBank, SpanConfig, distributed
 from shear_ops.ops import backends
 
 config = SpanConfig(**CONFIG)
+TRIED = ("cpu", "reference", *(["triton"] if backends.interpreted() else []))
 
 
 def weights_of(**given: Any) -> torch.Tensor:
@@ -340,7 +343,7 @@ SINKHORN_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "cost must have at least one", {"cost": COST[:, :0]}),
     (ValueError, "cost must have at least one", {"cost": COST[:, :, :0]}),
     (ValueError, "cost must be finite, got NaN or Inf", {"cost": COST / 0}),
-    (ValueError, "cost is on meta, for which there is no backend here", {"cost": COST.to("meta")}),
+    (ValueError, "cost is on meta, which has no data", {"cost": COST.to("meta")}),
     (ValueError, "reg must be positive", {"reg": 0.0}),
     (ValueError, r"n_rows must be in \[1, 3\], got \[1, 4\]", {"n_rows": [1, 4]}),
     (ValueError, r"n_cols must be in \[1, 4\], got \[0, 4\]", {"n_cols": [0, 4]}),
@@ -407,3 +410,71 @@ def test_no_module_uses_private_names_of_another(source: Path) -> None:
         if node.value.id in imported and node.attr.startswith("_") and node.attr != "__file__"
     ]
     assert private == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("at", [(0, 36), (2, 0), (3, 63), (4, 19)])
+def test_errors_say_where_a_state_is_not_finite(
+    at: tuple[int, int], backend: str, value: float
+) -> None:
+    """In the layout of the caller: packed, or padded with holes, where masked tokens count."""
+    rollout, token = at
+    given = arguments()
+    group = int(given["group_ids"][rollout])
+    packed = int(given["cu_seqlens"][rollout]) + token
+    given["hidden"][packed, 3] = value
+    given["hidden"][packed + 1 :, 0] = value  # the first of several
+    pads = padded(given, holes=True)
+    column = int(pads["mask"][rollout].nonzero()[token])
+    place = f"token {token} of rollout {rollout} (group {group}), hidden[{packed}]"
+    seen = f"token {column} of rollout {rollout} (group {group}), hidden[{rollout}, {column}]"
+    calls = (shear_ops.span_weights, shear_ops.span_distances, partial_advantages)
+    for call, (arguments_of_call, wanted) in product(calls, ((given, place), (pads, seen))):
+        with pytest.raises(ValueError, match=f"^hidden must be finite.* at {re.escape(wanted)}$"):
+            call(**arguments_of_call, config=config, backend=backend)
+    for op in (torch.ops.shear.span_weights, torch.ops.shear.span_distances):
+        with pytest.raises(ValueError, match=f"^hidden must be finite.* at {re.escape(place)}$"):
+            op(*given.values())
+
+
+def partial_advantages(**given: Any) -> torch.Tensor:
+    return shear_ops.weighted_advantages(torch.ones(5), **given)
+
+
+@pytest.mark.parametrize(("name", "token"), [("x", 0), ("x", 29), ("y", 0), ("y", 39)])
+def test_pair_distances_says_where_a_state_is_not_finite(name: str, token: int) -> None:
+    given = {"x": torch.randn(30, 4), "y": torch.randn(40, 4)}
+    given[name][token, 1] = math.nan
+    for call in (torch.ops.shear.pair_distances, shear_ops.pair_distances):
+        with pytest.raises(ValueError, match=f"^{name} must be finite.* at token {token}$"):
+            call(**given)
+
+
+@pytest.mark.parametrize("backend", TRIED)
+@pytest.mark.parametrize("normalization", ["group", "rollout"])
+@pytest.mark.parametrize("zero", [(0,), (3,), (2, 3), (0, 3), (0, 2, 3)])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12])
+def test_no_weight_is_infinite(
+    backend: str, normalization: str, zero: tuple[int, ...], size: float
+) -> None:
+    """Rollouts whose states are zero, or nothing beside the others, have the group's scale."""
+    given = arguments()
+    for i in zero:
+        given["hidden"][slice(*given["cu_seqlens"][i : i + 2])] *= size
+    for pooling, distance in product(("max", "mean"), ("sinkhorn", "chamfer", "mmd", "cosine")):
+        settings = SpanConfig(
+            **CONFIG, normalization=normalization, pooling=pooling, distance=distance
+        )
+        seen = weights_of(**given, config=settings, backend=backend)
+        assert seen.isfinite().all()
+        assert (seen[:106] < 100).all()
+        if len(zero) == 3:
+            assert size > 0 or (seen[:106] == 0).all()
+        elif distance != "cosine":
+            by_group = weights_of(**given, config=SpanConfig(**{
+                **CONFIG, "pooling": pooling, "distance": distance,
+            }), backend=backend)  # fmt: skip
+            for i in zero:
+                tokens = slice(*given["cu_seqlens"][i : i + 2])
+                assert torch.equal(seen[tokens], by_group[tokens])

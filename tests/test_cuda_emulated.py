@@ -229,8 +229,14 @@ def test_states_that_are_not_finite(bad: float) -> None:
     given = case.arguments()
     given["hidden"] = given["hidden"].clone()  # the table keeps its own
     given["hidden"][7, 3] = bad
-    with pytest.raises(ValueError, match="got NaN, Inf or larger at token 7"):
+    with pytest.raises(ValueError, match=r"got NaN, Inf or larger at .* hidden\[7\]") as seen:
         span_distances(given, case.config)
+    with pytest.raises(ValueError, match="hidden must be finite") as wanted:
+        torch.ops.shear.span_distances(*given.values())
+    assert str(seen.value) == str(wanted.value)
+    y = torch.full((4, 3), bad)
+    with pytest.raises(ValueError, match=r"y must be finite .* at token 0$"):
+        torch.ops.shear_emulated.pair_distances(torch.ones(5, 3), y)
     options = SpanConfig(**case.config, check_finite=False).op_arguments()
     seen = torch.ops.shear_emulated.span_weights(*given.values(), **options)
     wanted = torch.ops.shear.span_weights(*given.values(), **options)

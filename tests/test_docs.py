@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from shear_ops import _C
+from shear_ops import _C, reference
 from test_backends import SCALE, TOLERANCES
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +82,7 @@ def test_constants_are_those_of_the_code() -> None:
     """A constant that changes has to change in the text."""
     assert _C.NEAR_DUPLICATE == 2.0**-7
     assert _C.MEAN_SHARE == 0.95
+    assert _C.LEAST_ROLLOUT_NORM == reference.LEAST_ROLLOUT_NORM == 2.0**-24
     solver = {"test_every": 4, "first_check": 4, "finish_again": 4, "retreat_ratio": 1.5,
               "drift_bits": 20}  # fmt: skip
     assert {name: _C.SOLVER[name] for name in solver} == solver

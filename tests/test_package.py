@@ -108,6 +108,77 @@ def test_unknown_instruction_set(tmp_path: Path) -> None:
     assert "SHEAR_ISA must be one of" in run_with("sse9", tmp_path / "out.pt").stderr
 
 
+def configure(folder: Path, *arguments: str, **environment: str) -> str:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    done = subprocess.run(
+        ["cmake", *arguments, "-B", str(folder / "build")],
+        env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    return " ".join((done.stdout + done.stderr).split())
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("compiler", "found"), [("g++-11", "GNU 11"), ("clang++", "Clang")])
+def test_compilers_that_cannot_build_are_refused(compiler: str, found: str, tmp_path: Path) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    options = ["-DSKBUILD_PROJECT_NAME=shear_ops", "-DSKBUILD_PROJECT_VERSION=0.1.0"]
+    seen = configure(tmp_path, "-S", str(ROOT), *options, CXX=compiler)
+    assert f"shear_ops needs g++ 12 or later, found {found}" in seen
+
+
+FIND_TORCH = """
+cmake_minimum_required(VERSION 3.25.2)
+project(find LANGUAGES NONE)
+list(APPEND CMAKE_MODULE_PATH "{root}/cmake")
+set(Python_EXECUTABLE "{isolated}")
+find_package(TorchStable 2.10 REQUIRED)
+message(STATUS "the torch of ${{TORCH_DIR}}")
+"""
+
+
+def test_torch_is_found_from_an_isolated_build(tmp_path: Path) -> None:
+    """uv builds in an environment that knows nothing of the one it builds for."""
+
+    def python(where: Path, platlib: Path) -> Path:
+        where.parent.mkdir(parents=True)
+        where.write_text(f"#!/bin/sh\necho {platlib}\n")
+        where.chmod(0o755)
+        return where
+
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "torch").symlink_to(Path(torch.__file__).parent)
+    isolated = python(tmp_path / "isolated" / "python", tmp_path / "nothing")
+    on_path = python(tmp_path / "activated" / "python", target)
+    system = os.environ["PATH"].split(os.pathsep)
+    tools = [p for p in system if not (Path(p) / "python").exists()]
+    cmake = Path(shutil.which("cmake") or "")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "CMakeLists.txt").write_text(FIND_TORCH.format(root=ROOT, isolated=isolated))
+    (tmp_path / "tools").mkdir()
+    if cmake.name:
+        (tmp_path / "tools" / "cmake").symlink_to(cmake)
+    without = os.pathsep.join([str(tmp_path / "tools"), str(isolated.parent), *tools])
+
+    seen = configure(tmp_path, "-S", str(source), "--fresh", PATH=without)
+    assert f"no torch >= 2.10 for '{isolated}', in .venv, or for a python on PATH" in seen
+    assert "set TORCH_DIR=<site-packages>/torch" in seen
+    paths = os.pathsep.join([without, str(on_path.parent)])
+    seen = configure(tmp_path, "-S", str(source), "--fresh", PATH=paths)
+    assert f"the torch of {target}/torch" in seen
+    python(source / ".venv" / "bin" / "python", target)
+    seen = configure(tmp_path, "-S", str(source), "--fresh", PATH=without)
+    assert f"the torch of {target}/torch" in seen
+    torch_dir = str(tmp_path / "elsewhere" / "torch")
+    seen = configure(tmp_path, "-S", str(source), "--fresh", PATH=without, TORCH_DIR=torch_dir)
+    assert f"no torch >= 2.10 in TORCH_DIR='{torch_dir}'" in seen
+
+
 def test_import_brings_no_trainer() -> None:
     code = "import shear_ops, sys; print(*{m.split('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -174,3 +174,93 @@ def test_device_refuses_longer_spans() -> None:
         device_group(2, 5000, span=5000, stride=100)
     assert device_group(2, 100, span=5000, stride=100)["solver"] == 4
     assert device_group(2, 5000, span=5000, stride=100, distance=1)["chunks"]
+
+
+NOTHING_ALLOCATED = """
+import resource, sys, torch, shear_ops
+from shear_ops import _C, SpanConfig
+torch.ones(2, 2) @ torch.ones(2, 2)  # threads
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+hidden, ids, labels = torch.randn(40, 8), [0, 0], [1, 0]
+integers = torch.tensor(ids), torch.tensor(labels)
+options = dict(span=100, stride=25, distance=0)
+def wide(offsets):
+    return shear_ops.plan(offsets, group_ids=ids, labels=labels, dim=8, config=SpanConfig(span=2**30))
+def python(backend):
+    return lambda offsets: shear_ops.span_weights(
+        hidden, cu_seqlens=offsets, group_ids=ids, labels=labels, backend=backend)
+calls = {
+    "op": lambda offsets: torch.ops.shear.span_weights(hidden, torch.tensor(offsets), *integers),
+    "distances": lambda offsets: torch.ops.shear.span_distances(hidden, torch.tensor(offsets), *integers),
+    "python": python(None),
+    "float64": python("reference"),
+    "reference": lambda offsets: shear_ops.reference.span_weights(hidden, torch.tensor(offsets), *integers),
+    "plan": lambda offsets: shear_ops.plan(offsets, group_ids=ids, labels=labels, dim=8),
+    "wide": wide,
+    "make_plan": lambda offsets: _C.make_plan(
+        offsets, ids, labels, **options, tokens=offsets[-1], bytes_per_pair=40),
+    "device_plan": lambda offsets: _C.device_plan(
+        offsets, ids, labels, **options, tokens=offsets[-1], processors=132, shared_bytes=232192),
+}
+failed = 0
+def refused(name, offsets, wanted="cu_seqlens must"):
+    global failed
+    try:
+        seen = calls[name](offsets)
+    except ValueError as error:
+        seen = str(error)
+        if wanted in seen:
+            return
+    except MemoryError as error:
+        seen = f"MemoryError {error}"
+    failed += 1
+    print(name, offsets, seen, file=sys.stderr)
+for bad in (50, 10**9, 2**31, 2**40, 2**62, 2**63 - 1, -1, -(2**63)):
+    for name in calls:
+        refused(name, [0, bad, 40])
+        refused(name, [bad, 20, 40])
+for end in (2**31 - 1, 2**31, 2**32, 2**33, 2**40, 2**62, 2**63 - 1):
+    for name in ("plan", "make_plan", "device_plan"):
+        refused(name, [0, end // 2, end])
+        refused(name, [0, 0, end])
+    refused("wide", [0, end // 2, end], " must ")
+for size in (2**20, 2**40):  # no problem, so no room for one
+    assert shear_ops.sinkhorn(torch.empty(0, 2**20, size), reg=1.0).value.shape == (0,)
+try:
+    shear_ops.sinkhorn(torch.zeros(1, 1, 2**21).expand(1, 2**4, 2**21), reg=1.0)
+    failed += 1
+except (MemoryError, RuntimeError) as error:
+    print(error)
+assert python(None)([0, 20, 40]).shape == (40,)
+sys.exit(failed)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_integers_are_checked_before_anything_is_allocated_from_them() -> None:
+    """With 64 MiB to spare, every caller refuses by name what would fill the memory."""
+    out = subprocess.run([sys.executable, "-c", NOTHING_ALLOCATED], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("threads", [0, 65_537])
+def test_threads_of_a_plan(threads: int) -> None:
+    with pytest.raises(ValueError, match="threads must be in"):
+        plan([0, 4, 8], group_ids=[0, 0], labels=[1, 0], dim=8, threads=threads)
+
+
+@pytest.mark.parametrize("distance", ["sinkhorn", "chamfer", "mmd", "cosine"])
+def test_sizes_of_the_largest_plans_do_not_overflow(distance: str) -> None:
+    tokens, span = 2**21, 2**20
+    config = SpanConfig(span=span, stride=span, distance=distance)
+    seen = plan([0, tokens, 2 * tokens], group_ids=[0, 0], labels=[1, 0], dim=2**31 - 1,
+                threads=65_536, config=config)  # fmt: skip
+    assert (seen.spans, seen.pairs) == (4, 4)
+    assert seen.token_pairs == tokens**2
+    assert seen.workspace_bytes > 0
+    if distance in ("sinkhorn", "mmd"):
+        assert seen.workspace_bytes > 4 * 65_536 * span**2
+    if distance == "cosine":
+        assert seen.workspace_bytes > 4 * 4 * (2**31 - 1)

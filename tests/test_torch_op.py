@@ -161,6 +161,131 @@ def test_compile_padded_with_inductor() -> None:
         )
 
 
+def batch_of(*lengths: int) -> tuple[torch.Tensor, ...]:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    rollouts = torch.arange(len(lengths))
+    return torch.randn(int(offsets[-1]), 6), offsets, rollouts // 2, rollouts % 2
+
+
+def first(*counts: int, of: int) -> list[torch.Tensor]:
+    """Masks that keep some of the first: how many is data."""
+    return [torch.arange(of) < count for count in counts]
+
+
+CONFIGURED = SpanConfig(**CONFIG)
+BATCHES = [batch_of(30, 20), batch_of(20, 40, 10, 31), batch_of(17, 16, 15, 3, 5, 9)]
+PADS = [
+    (torch.randn(b, t, 6), torch.rand(b, t) < 0.8, torch.arange(b) // 2, torch.arange(b) % 2)
+    for b, t in ((4, 30), (3, 50), (6, 20))
+]
+
+
+def packed(hidden: torch.Tensor, *integers: torch.Tensor) -> dict[str, Any]:
+    names = ("cu_seqlens", "group_ids", "labels")
+    return {"hidden": hidden, "config": CONFIGURED, **dict(zip(names, integers, strict=True))}
+
+
+def masked(hidden: torch.Tensor, *rest: torch.Tensor) -> dict[str, Any]:
+    names = ("mask", "group_ids", "labels")
+    return {"hidden": hidden, "config": CONFIGURED, **dict(zip(names, rest, strict=True))}
+
+
+# Each with the arguments of several calls, whose lengths differ. In those "of data" a length is
+# known only when the graph runs.
+COMPILED: dict[str, tuple[Any, list[Any]]] = {
+    "span_weights": (lambda *a: shear_ops.span_weights(**packed(*a)), BATCHES),
+    "span_weights of data": (
+        lambda h, keep, *a: shear_ops.span_weights(**packed(h[keep], *a)),
+        [(torch.randn(120, 6), *first(int(a[0][-1]), of=120), *a) for a in (b[1:] for b in BATCHES)],
+    ),
+    "span_weights padded": (lambda *a: shear_ops.span_weights(**masked(*a)), PADS),
+    "span_weights padded, integers": (
+        lambda h, m, *a: shear_ops.span_weights(**masked(h, m.long(), *a)), PADS
+    ),
+    "span_weights padded, of data": (
+        lambda keep, *a: shear_ops.span_weights(**masked(*(t[keep] for t in a))),
+        [(torch.arange(len(a[0])) > 0, *a) for a in PADS],
+    ),
+    "weighted_advantages": (
+        lambda w, *a: shear_ops.weighted_advantages(w, **packed(*a)),
+        [(torch.rand(len(a[2])), *a) for a in BATCHES],
+    ),
+    "weighted_advantages padded": (
+        lambda w, *a: shear_ops.weighted_advantages(w, **masked(*a)),
+        [(torch.rand(len(a[0])), *a) for a in PADS],
+    ),
+    "span_distances": (lambda *a: shear_ops.span_distances(**packed(*a)).distance, BATCHES),
+    "span_distances padded": (lambda *a: shear_ops.span_distances(**masked(*a)).nearest, PADS),
+    "the operator span_distances": (lambda *a: OPS.span_distances(*a, **CONFIG)[0], BATCHES),
+    "pair_distances": (
+        lambda x, y: shear_ops.pair_distances(x, y, config=CONFIGURED),
+        [(torch.randn(n, 6), torch.randn(m, 6)) for n, m in ((30, 40), (51, 17), (17, 63), (90, 22))],
+    ),
+    "pair_distances of data": (
+        lambda x, y, a, b: shear_ops.pair_distances(x[a], y[b], config=CONFIGURED).amin(1),
+        [(torch.randn(60, 6), torch.randn(50, 6), *first(n, of=60), *first(m, of=50))
+         for n, m in ((30, 40), (51, 16), (3, 50), (60, 1))],
+    ),
+    "sinkhorn": (
+        lambda cost: shear_ops.sinkhorn(cost, reg=0.1).value,
+        [(torch.rand(*shape),) for shape in ((2, 3, 4), (5, 6, 7), (3, 9, 4))],
+    ),
+    "sinkhorn of one problem": (
+        lambda cost: shear_ops.sinkhorn(cost, reg=0.1).value,
+        [(torch.rand(*shape),) for shape in ((3, 4), (6, 7), (9, 4))],
+    ),
+    "sinkhorn of points": (
+        lambda x, y: shear_ops.sinkhorn(x=x, y=y, reg=0.1).value,
+        [(torch.rand(b, n, 5), torch.rand(b, m, 5)) for b, n, m in ((2, 3, 4), (3, 6, 7))],
+    ),
+    "sinkhorn ragged": (
+        lambda cost, n: shear_ops.sinkhorn(cost, n_rows=n, reg=0.1).value,
+        [(torch.rand(b, 4, 6), torch.arange(b) % 4 + 1) for b in (2, 5, 7)],
+    ),
+    "sinkhorn, batch of data": (
+        lambda cost, n, keep: shear_ops.sinkhorn(cost[keep], n_rows=n[keep], reg=0.1).value,
+        [(torch.rand(6, 4, 5), torch.arange(6) % 4 + 1, keep) for keep in first(2, 5, 0, of=6)],
+    ),
+    "sinkhorn, rows and columns of data": (
+        lambda cost, a, b: shear_ops.sinkhorn(cost[a][:, b], reg=0.1).value,
+        [(torch.rand(9, 8), *first(n, of=9), *first(m, of=8)) for n, m in ((3, 4), (9, 1), (1, 8))],
+    ),
+    "labels_from_rewards of data": (
+        lambda rewards, keep: shear_ops.labels_from_rewards(rewards[keep]),
+        [(torch.rand(6), keep) for keep in first(2, 5, 0, of=6)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_one_graph_whatever_the_lengths(name: str) -> None:
+    """Sizes of 0 and 1 that are no data are graphs of their own, as everywhere in torch."""
+    function, calls = COMPILED[name]
+    count = CountGraphs()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(
+        capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
+    ):
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+        for arguments_of_call in calls:
+            assert torch.equal(compiled(*arguments_of_call), function(*arguments_of_call))
+    assert count.graphs == 1
+
+
+def test_compiled_calls_check_values_as_they_run() -> None:
+    ragged = torch.compile(
+        lambda cost, n: shear_ops.sinkhorn(cost, n_rows=n, reg=0.1), fullgraph=True, backend="eager"
+    )
+    with pytest.raises((RuntimeError, ValueError), match=r"n_rows must be in .*got 4"):
+        ragged(torch.rand(2, 3, 4), torch.tensor([1, 4]))
+    empty = torch.compile(
+        lambda cost: shear_ops.sinkhorn(cost, reg=0.1), fullgraph=True, backend="eager"
+    )
+    for cost in (torch.rand(2, 0, 3), torch.rand(2, 3, 0)):
+        with pytest.raises((RuntimeError, ValueError), match=r"n_(rows|cols) must be in"):
+            empty(cost)
+
+
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
 def test_inference_mode(context: Any) -> None:
     given = arguments()

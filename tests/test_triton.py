@@ -246,9 +246,12 @@ def test_sinkhorn_errors(device: torch.device) -> None:
 
 def test_states_that_are_not_finite(device: torch.device) -> None:
     given = moved(device)
-    given["hidden"][9, 3] = torch.inf
-    with pytest.raises(ValueError, match=r"hidden must be finite.*token 9"):
+    given["hidden"][50, 3] = torch.inf
+    place = r"token 8 of rollout 3 \(group 7\), hidden\[50\]$"
+    with pytest.raises(ValueError, match=f"hidden must be finite.* at {place}"):
         shear_ops.span_weights(**given, config=SpanConfig(**CONFIG), backend="triton")
+    with pytest.raises(ValueError, match=r"y must be finite.* at token 20$"):
+        shear_ops.pair_distances(*given["hidden"].split([30, 96]), backend="triton")
     config = SpanConfig(**CONFIG, check_finite=False)
     poisoned = shear_ops.span_weights(**given, config=config, backend="triton")
     assert poisoned[:106].isnan().all()  # its group

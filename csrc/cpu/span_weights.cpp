@@ -102,7 +102,7 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
   if (rows.size(0) > 0) std::memcpy(bytes, first.data, rows.size(0) * token_bytes);
   if (cols.size(0) > 0)
     std::memcpy(bytes + rows.size(0) * token_bytes, second.data, cols.size(0) * token_bytes);
-  const Problem problem = make_problem({0, rows.size(0), tokens}, {0, 0}, {1, 0}, tokens, config);
+  const Problem problem = make_pair_problem(rows.size(0), cols.size(0), config);
   const int64_t row_spans = problem.rollouts[0].span_end;
   Tensor matrix = new_tensor(
       rows, {row_spans, static_cast<int64_t>(problem.spans.size()) - row_spans}, ScalarType::Float);
@@ -125,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   Tensor value = new_tensor(costs, {batch}, ScalarType::Float);
   Tensor residual = new_tensor(costs, {batch}, ScalarType::Float);
   Tensor iterations = new_tensor(costs, {batch}, ScalarType::Int);
+  if (batch == 0) return {value, residual, iterations};
   const float* data = costs.const_data_ptr<float>();
   float* values = value.mutable_data_ptr<float>();
   float* residuals = residual.mutable_data_ptr<float>();

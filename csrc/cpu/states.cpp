@@ -2,7 +2,6 @@
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
-#include <string>
 
 #include "cpu/pipeline.h"
 #include "token_cost.h"
@@ -26,9 +25,7 @@ void Pipeline::measure_norms() {
   if (config_.check_finite)
     for (int64_t t = 0; t < problem_.tokens; ++t)
       if (!std::isfinite(norm_[t]))
-        throw std::invalid_argument(
-            "hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token " +
-            std::to_string(t));
+        throw std::invalid_argument(not_finite(t, problem_.cu_seqlens, problem_.group_ids));
   rollout_norm_.assign(problem_.rollouts.size(), 0.);
   std::vector<int64_t> group_tokens(problem_.groups.size());
   group_norm_.assign(problem_.groups.size(), 0.);

@@ -13,8 +13,10 @@ void Pipeline::token_weights(float* weights) const {
       std::fill(weights + rollout.begin, weights + rollout.end, 1.f);
       return;
     }
-    const double scale = config_.normalization == Normalization::kGroup ? group_norm_[rollout.group]
-                                                                        : rollout_norm_[i];
+    const double of_group = group_norm_[rollout.group];
+    const bool own = config_.normalization == Normalization::kRollout &&
+                     !(rollout_norm_[i] < kLeastRolloutNorm * of_group);
+    const double scale = own ? rollout_norm_[i] : of_group;
     int64_t first = rollout.span_begin;  // the covering spans of a token are [first, last)
     int64_t last = first;
     for (int64_t t = rollout.begin; t < rollout.end; ++t) {

@@ -9,8 +9,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
+#include <string>
+#include <thread>
 
 namespace shear::cpu {
 
@@ -19,11 +22,24 @@ struct AlignedDelete {
 };
 using Buffer = std::unique_ptr<float[], AlignedDelete>;
 
+// In Python a MemoryError.
+class NoRoom : public std::bad_alloc {
+ public:
+  explicit NoRoom(int64_t floats)
+      : what_("shear_ops: no room for " + std::to_string(floats) +
+              " floats of workspace; a shorter span needs less") {}
+  const char* what() const noexcept override { return what_.c_str(); }
+
+ private:
+  std::string what_;
+};
+
 // Uninitialised floats on a cache line. A solver reads a hundred rows of token costs that lie pages
 // apart: huge pages, where the system grants them, spare it the misses.
 inline Buffer make_buffer(int64_t floats) {
   const auto bytes = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float);
-  void* p = ::operator new[](bytes, std::align_val_t{64});
+  void* p = ::operator new[](bytes, std::align_val_t{64}, std::nothrow);
+  if (p == nullptr) throw NoRoom(floats);
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
@@ -35,6 +51,10 @@ inline Buffer make_buffer(int64_t floats) {
 
 inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
+// Asked by the calling thread between tasks; throws where the call is to end. There is nothing to
+// ask until csrc/bindings.cpp, which has Python, sets it.
+inline void (*check_interrupt)() = [] {};
+
 class Workers {
  public:
   explicit Workers(int64_t scratch_floats)
@@ -43,14 +63,27 @@ class Workers {
         scratch_(make_buffer(threads_ * stride_)) {}
 
   // Calls task(index, scratch) once for each index in [0, count). Each thread has its own scratch.
+  // An interrupt leaves the tasks that have not begun, and is thrown when the others are done.
   template <typename Task>
   void run(int64_t count, const Task& task) const {
     std::atomic<int64_t> next{0};
+    const std::thread::id caller = std::this_thread::get_id();
+    std::exception_ptr interrupt;  // the caller's: an exception must not leave a thread of torch
     torch::stable::parallel_for(0, std::min(threads_, count), 1, [&](int64_t begin, int64_t end) {
+      const bool asks = std::this_thread::get_id() == caller;
       for (int64_t worker = begin; worker < end; ++worker)
-        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1))
+        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
           task(i, scratch_.get() + worker * stride_);
+          if (!asks) continue;
+          try {
+            check_interrupt();
+          } catch (...) {
+            interrupt = std::current_exception();
+            next = count;
+          }
+        }
     });
+    if (interrupt) std::rethrow_exception(interrupt);
   }
 
  private:

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 
 #include "cuda/batch.cuh"
 #include "cuda/bounds.cuh"
@@ -185,8 +184,7 @@ void Pipeline::check_finite() const {
   stream_.read(&bad, &call_.counters->bad_token, sizeof bad);
   if (bad != ~0ull)
     throw std::invalid_argument(
-        "hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token " +
-        std::to_string(bad));
+        not_finite(static_cast<int64_t>(bad), problem_.cu_seqlens, problem_.group_ids));
 }
 
 void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverPlan& plan) {

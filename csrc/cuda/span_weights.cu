@@ -42,6 +42,11 @@ std::vector<int64_t> read_anywhere(const Stream& stream, const Tensor& tensor, c
       torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)), name);
 }
 
+std::optional<Tensor> on_host(const std::optional<Tensor>& tensor) {
+  if (!tensor || !on_device(*tensor)) return tensor;
+  return torch::stable::to(*tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
 // One call, up to its outputs.
 class Operator {
  public:
@@ -62,8 +67,7 @@ class Operator {
       : config_(config),
         hidden_(checked(both, "x")),
         stream_(hidden_.get_device_index()),
-        problem_(
-            make_problem({0, rows, hidden_.size(0)}, {0, 0}, {1, 0}, hidden_.size(0), config_)),
+        problem_(make_pair_problem(rows, hidden_.size(0) - rows, config_)),
         plan_(make_device_plan(problem_, config_, stream_.device())),
         workspace_(new_workspace(hidden_, plan_.workspace.bytes)),
         pipeline_(make_pipeline()) {}
@@ -187,8 +191,8 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   if (stream.capturing())
     throw std::runtime_error(
         "sinkhorn cannot be captured in a graph: it reads back a check of cost");
-  auto lengths = used_lengths(n_rows, batch, n, "n_rows");
-  const auto cols = used_lengths(n_cols, batch, m, "n_cols");
+  auto lengths = used_lengths(on_host(n_rows), batch, n, "n_rows");
+  const auto cols = used_lengths(on_host(n_cols), batch, m, "n_cols");
   lengths.insert(lengths.end(), cols.begin(), cols.end());
   STD_TORCH_CHECK(batch <= INT32_MAX, "cost must have fewer than 2^31 problems, got ", batch);
 

@@ -31,7 +31,9 @@ __global__ void __launch_bounds__(kThreads) token_weights(const WeightsArgs args
     total += distance;
   }
   const double pooled = call.mean_pooling ? total / static_cast<double>(end - first) : highest;
-  const double norm = call.rollout_norms ? call.rollout_norm[i] : call.group_norm[rollout.group];
+  const double of_group = call.group_norm[rollout.group];
+  const bool own = call.rollout_norms && !(call.rollout_norm[i] < kLeastRolloutNorm * of_group);
+  const double norm = own ? call.rollout_norm[i] : of_group;
   args.weights[t] = static_cast<float>(pooled == 0 ? 0. : pooled / norm);
 }
 

@@ -7,6 +7,7 @@ SOLVER: dict[str, Any]
 STATIC_SHARED_BYTES: int
 NEAR_DUPLICATE: float
 MEAN_SHARE: float
+LEAST_ROLLOUT_NORM: float
 
 def omega_of(level: int) -> float: ...
 def next_level(level: int, ratio: float) -> int: ...
@@ -35,6 +36,7 @@ def plan(
     tokens: int,
     threads: int,
 ) -> dict[str, Any]: ...
+def not_finite(token: int, cu_seqlens: Sequence[int], group_ids: Sequence[int]) -> str: ...
 def make_plan(
     cu_seqlens: Sequence[int],
     group_ids: Sequence[int],

@@ -36,7 +36,8 @@ class SpanConfig:
             sigma times the RBF maximum mean discrepancy, sigma = mean norm of the group;
             ``"cosine"``: mean norm * (1 - cos of the span means); ``"exact"``: W1 by linear
             programming (reference backend only, needs POT).
-        normalization: distances are divided by the mean norm of the ``"group"`` or ``"rollout"``.
+        normalization: distances are divided by the mean norm of the ``"group"`` or ``"rollout"``
+            (of the group, too, where a rollout's is below 2^-24 of it: all states zero).
         pooling: of the spans that cover a token, ``"max"`` or ``"mean"``.
         aggregation: over the spans of the opposing set, ``"min"`` or ``"mean"``.
         check_finite: raise ValueError on NaN or Inf in hidden. Without, a group that has one gets
@@ -102,19 +103,20 @@ def check_number(name: str, value: object) -> float:
 
 def check_threshold(threshold: object) -> None:
     """Raise unless threshold is a number other than NaN, at which no rollout would be correct."""
-    if math.isnan(check_number("threshold", threshold)):
+    number = check_number("threshold", threshold)
+    if number != number:
         raise ValueError("threshold must be a number, got nan")
 
 
 def check_reg(reg: object) -> None:
     """Raise unless reg is a positive finite number."""
     reg = check_number("reg", reg)
-    if not (math.isfinite(reg) and reg > 0):
+    if not 0 < reg < math.inf:  # not by math.isfinite, which torch.compile does not trace
         raise ValueError(f"reg must be positive and finite, got {reg}")
 
 
 def check_tol(tol: object) -> None:
     """Raise unless tol is a non-negative finite number."""
     tol = check_number("tol", tol)
-    if not (math.isfinite(tol) and tol >= 0):
+    if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be non-negative and finite, got {tol}")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LEAST_ROLLOUT_NORM = 2.0**-24  # of the group's mean norm, below which it stands for a rollout's
 CHECK_EVERY = 10  # iterations of sinkhorn from one look at the residual to the next
 
 
@@ -205,9 +206,12 @@ def span_distances(
     """
     p = Parameters(**parameters)
     states = _states(hidden, p)
+    offsets = cu_seqlens.tolist()
+    if offsets != sorted(offsets) or (offsets[0], offsets[-1]) != (0, len(states)):
+        raise ValueError("cu_seqlens must not decrease from 0 to the number of tokens")
     where = [
         (i, begin + a, begin + b)
-        for i, (begin, end) in enumerate(pairwise(cu_seqlens.tolist()))
+        for i, (begin, end) in enumerate(pairwise(offsets))
         for a, b in spans(end - begin, p.span, p.stride)
     ]
     rollout, begins, ends = states.new_tensor(where, dtype=torch.int64).reshape(-1, 3).unbind(1)
@@ -265,6 +269,8 @@ def token_weights(
         for i in correct + incorrect:
             tokens = slice(offsets[i], offsets[i + 1])
             of_rollout = states[tokens].norm(dim=1).mean().item()
+            if of_rollout < LEAST_ROLLOUT_NORM * mean_norm:  # no scale: its weights would be inf
+                of_rollout = mean_norm
             divisor = {"group": mean_norm, "rollout": of_rollout}[p.normalization]
             t = torch.arange(offsets[i], offsets[i + 1], device=states.device)[:, None]
             mine = found.rollout == i

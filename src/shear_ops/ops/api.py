@@ -19,7 +19,7 @@ from ..config import (
     check_tol,
 )
 from . import backends
-from .batch import Batch, Integers, as_integers, check_states
+from .batch import INTEGER_DTYPES, Batch, Integers, as_integers, check_dense, check_states
 
 
 class PairCounts(NamedTuple):
@@ -101,6 +101,9 @@ def _checked(
     chosen = backends.choose(backend, hidden.device, config.distance)
     if chosen == "reference":
         batch.check_values()
+        if config.check_finite:
+            with batch.in_callers_words():
+                batch.check_finite()
     return batch, chosen
 
 
@@ -110,7 +113,8 @@ def _weights(batch: Batch, backend: str, config: SpanConfig) -> Tensor:
         weights = reference.span_weights(*batch.tensors(), **asdict(config)).float()
     else:
         operators = backends.operators(backend)
-        weights = operators.span_weights(*batch.tensors(), **config.op_arguments())
+        with batch.in_callers_words():
+            weights = operators.span_weights(*batch.tensors(), **config.op_arguments())
     return batch.restore(weights)
 
 
@@ -180,6 +184,7 @@ def weighted_advantages(
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         seen = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
         raise TypeError(f"advantages must be a floating-point tensor, got {seen}")
+    check_dense("advantages", advantages)
     batch, chosen = _checked(
         hidden,
         cu_seqlens=cu_seqlens,
@@ -242,9 +247,10 @@ def span_distances(
     if chosen == "reference":
         return _reference_distances(batch, config)
     operators = backends.operators(chosen)
-    distance, nearest, residual, iterations, spans, pairs = operators.span_distances(
-        *batch.tensors(), **config.op_arguments(), prune=prune
-    )
+    with batch.in_callers_words():
+        distance, nearest, residual, iterations, spans, pairs = operators.span_distances(
+            *batch.tensors(), **config.op_arguments(), prune=prune
+        )
     rollout, begin, end = spans.unbind(1)
     return SpanDistances(
         distance=distance,
@@ -351,7 +357,7 @@ def sinkhorn(
         raise ValueError("backend must not be 'reference' here: call shear_ops.reference.sinkhorn")
     chosen = backends.choose(backend, cost.device, "sinkhorn", "cost")
     batch = cost[None] if cost.dim() == 2 else cost
-    if batch.shape[1] < 1:
+    if not torch.compiler.is_compiling() and batch.shape[1] < 1:
         raise ValueError(f"cost must have at least one row, got shape {tuple(cost.shape)}")
     problems, rows, columns = batch.shape
     value, residual, iterations = backends.operators(chosen).sinkhorn(
@@ -371,16 +377,17 @@ def _in_use(name: str, given: Integers | None, problems: int, size: int) -> Tens
     if given is None:
         return None
     lengths = as_integers(name, given, problems)
-    if bool(((lengths < 1) | (lengths > size)).any()):
+    # compiled, the operator alone looks at the values
+    if not torch.compiler.is_compiling() and bool(((lengths < 1) | (lengths > size)).any()):
         raise ValueError(f"{name} must be in [1, {size}], got {lengths.tolist()}")
     return lengths
 
 
 def _euclidean(x: Tensor, y: Tensor) -> Tensor:
-    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2] or x.device != y.device:
         raise ValueError(
-            f"y must have x's batch and dimension ({x.shape[0]}, m, {x.shape[2]}), "
-            f"got {tuple(y.shape)}"
+            f"y must have x's batch and dimension ({x.shape[0]}, m, {x.shape[2]}) and device "
+            f"{x.device}, got {tuple(y.shape)} on {y.device}"
         )
     # not the Gram form: it loses the small costs of near-duplicates to cancellation
     return torch.cdist(x.float(), y.float(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -401,6 +408,9 @@ def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
     """
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
+    check_dense("rewards", rewards)
+    if not rewards.is_floating_point() and rewards.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be 1-d, got shape {tuple(rewards.shape)}")
     check_threshold(threshold)

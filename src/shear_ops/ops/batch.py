@@ -8,7 +8,9 @@ Errors name the argument, the value seen and the value wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,14 @@ Integers = Tensor | Sequence[int]
 
 # What torch.ops.shear reads; other integers are converted.
 OP_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int8, torch.bool)
+INTEGER_DTYPES = (
+    *OP_INTEGER_DTYPES, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64
+)  # fmt: skip
 STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# The place in the text of csrc/problem.cpp, not_finite().
+_PLACE = re.compile(r"token (\d+) of rollout (\d+) \(group (-?\d+)\), hidden\[\d+\]")
 
 
 class Row(NamedTuple):
@@ -90,6 +99,29 @@ class Batch(NamedTuple):
         )
         return self
 
+    def check_finite(self) -> None:
+        """Raise ValueError if a state is NaN or Inf, in the words of the operators."""
+        bad = ~self.hidden.isfinite().all(1)
+        if bool(bad.any()):
+            token = int(bad.nonzero()[0])
+            raise ValueError(
+                _C.not_finite(token, self.cu_seqlens.tolist(), self.group_ids.tolist())
+            )
+
+    @contextmanager
+    def in_callers_words(self) -> Iterator[None]:
+        """Where an operator's error names a token of padded rollouts, name its row and column."""
+        try:
+            yield
+        except ValueError as error:
+            found = _PLACE.search(str(error))
+            if self.mask is None or found is None:
+                raise
+            token, row, group = (int(number) for number in found.groups())
+            column = int(self.mask[row].nonzero()[token])  # the mask may have holes
+            place = f"token {column} of rollout {row} (group {group}), hidden[{row}, {column}]"
+            raise ValueError(_PLACE.sub(place, str(error))) from None
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the tensor arguments of torch.ops.shear and of the reference, in their order."""
         return self.hidden, self.cu_seqlens, self.group_ids, self.labels
@@ -144,14 +176,60 @@ def check_states(name: str, states: object, dims: tuple[int, ...]) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(states).__name__}")
     if states.dtype not in STATE_DTYPES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {states.dtype}")
-    if states.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {states.layout}")
+    check_dense(name, states)
+    _check_has_data(name, states)
     if states.dim() not in dims:
         wanted = " or ".join(f"{d}-d" for d in dims)
         raise ValueError(f"{name} must be {wanted}, got shape {tuple(states.shape)}")
-    if states.shape[-1] < 1:
+    # compiled, a size may be data: the operators check it again
+    if not torch.compiler.is_compiling() and states.shape[-1] < 1:
         raise ValueError(f"{name} must have at least one dimension, got {tuple(states.shape)}")
     return states
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless a tensor is strided."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        seen = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {seen}")
+
+
+def _check_has_data(name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on meta, which has no data: give a tensor on a CPU or GPU")
+
+
+def check_op_states(name: str, states: Tensor) -> None:
+    """Raise unless states is a tensor of states as torch.ops.shear takes it, on any device."""
+    if states.dim() != 2 or states.shape[1] < 1:
+        raise ValueError(f"{name} must be a (tokens, dim) tensor with dim >= 1")
+    if states.dtype not in STATE_DTYPES:
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {states.dtype}")
+
+
+def check_op_pair(x: Tensor, y: Tensor) -> None:
+    """Raise unless x and y are two rollouts as torch.ops.shear takes them."""
+    check_op_states("x", x)
+    check_op_states("y", y)
+    if x.dtype != y.dtype or x.shape[1] != y.shape[1] or x.device != y.device:
+        raise ValueError("x and y must have one dtype and dim, and be on one device")
+
+
+def check_op_cost(cost: Tensor) -> None:
+    """Raise unless cost is a batch of problems as torch.ops.shear takes it."""
+    if cost.dim() != 3 or cost.dtype != torch.float32:
+        raise ValueError("cost must be a (B, n, m) float32 tensor")
+
+
+def check_op_integers(name: str, integers: Tensor, like: Tensor) -> None:
+    """Raise unless integers are as torch.ops.shear takes them: on the CPU, or like's device."""
+    if integers.dim() != 1:
+        raise ValueError(f"{name} must be a 1-d tensor")
+    if integers.dtype not in OP_INTEGER_DTYPES:
+        raise ValueError(f"{name} must be int64, int32, int8 or bool, got {integers.dtype}")
+    if integers.device.type not in ("cpu", like.device.type):
+        wanted = "" if like.device.type == "cpu" else f" or on {like.device}"
+        raise ValueError(f"{name} must be on the CPU{wanted}, got {integers.device}")
 
 
 def as_integers(name: str, values: Integers, size: int | None = None) -> Tensor:
@@ -160,15 +238,17 @@ def as_integers(name: str, values: Integers, size: int | None = None) -> Tensor:
         tensor = values
     else:
         try:
-            tensor = torch.as_tensor(values)
+            tensor = torch.as_tensor(values, device="cpu")  # whatever the default device is
         except (TypeError, ValueError, RuntimeError) as error:  # by what is in it
             hint = "; group_ids_from_uids makes them of strings" if name == "group_ids" else ""
             raise TypeError(f"{name} must be int64 integers, got {_short(values)}{hint}") from error
         if tensor.numel() == 0:
             tensor = tensor.long()
-    if tensor.is_floating_point() or tensor.is_complex():
+    if tensor.dtype not in INTEGER_DTYPES:
         hint = "; labels_from_rewards makes labels of rewards" if name == "labels" else ""
         raise TypeError(f"{name} must be integer or bool, got {tensor.dtype}{hint}")
+    check_dense(name, tensor)
+    _check_has_data(name, tensor)
     if tensor.dim() != 1:
         raise ValueError(f"{name} must be 1-d, got shape {tuple(tensor.shape)}")
     if size is not None and tensor.shape[0] != size:
@@ -191,6 +271,7 @@ def capturing(tensor: Tensor) -> bool:
     """Return whether the current stream is being captured in a graph, where nothing may wait."""
     return (
         tensor.is_cuda
+        and torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # a fake tensor needs no CUDA
         and not torch.compiler.is_compiling()
         and torch.cuda.is_current_stream_capturing()
     )
@@ -200,6 +281,7 @@ def check_mask(mask: object, hidden: Tensor) -> Tensor:
     """Return mask as a bool tensor of shape (B, T) on hidden's device."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    check_dense("mask", mask)
     if mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"mask must have hidden's first two dimensions {tuple(hidden.shape[:2])}, "
@@ -212,7 +294,7 @@ def check_mask(mask: object, hidden: Tensor) -> Tensor:
 
 def mask_as_bool(mask: Tensor) -> Tensor:
     """Return a mask of bools or of 0 and 1 as bools, or raise."""
-    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+    if mask.dtype not in INTEGER_DTYPES:
         raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
     if mask.dtype is torch.bool:
         return mask

@@ -26,7 +26,7 @@ def group_ids_from_uids(uids: Sequence[object]) -> Tensor:
     """
     if isinstance(uids, str):
         raise TypeError(f"uids must be a sequence of strings or prompts, got the string {uids!r}")
-    return torch.tensor([_hash(uid) for uid in uids], dtype=torch.int64)
+    return torch.tensor([_hash(uid) for uid in uids], dtype=torch.int64, device="cpu")
 
 
 def _hash(uid: object) -> int:

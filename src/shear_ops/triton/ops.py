@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..ops.batch import OP_INTEGER_DTYPES, STATE_DTYPES, capturing
+from ..ops.backends import GPUS, interpreted
+from ..ops.batch import (
+    capturing,
+    check_op_cost,
+    check_op_integers,
+    check_op_pair,
+    check_op_states,
+)
 from . import bounds, queue
 from .columns import (
     BLOCK_BEGIN,
@@ -48,7 +55,7 @@ def span_weights(
         given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
         found = run(hidden.contiguous(), tables, given)
         weights = token_weights(found, tables, given)
-        _check_finite(found, given)
+        _check_finite(found, given, cu_seqlens, group_ids)
     return weights
 
 
@@ -59,7 +66,7 @@ def span_distances(
     with _on(hidden):
         given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
         found = run(hidden.contiguous(), tables, given)
-        _check_finite(found, given)
+        _check_finite(found, given, cu_seqlens, group_ids)
     best = found.nearest
     column = tables.spans.unbind(1)
     places = torch.stack([column[SPAN_ROLLOUT], column[SPAN_BEGIN], column[SPAN_END]], 1)
@@ -68,10 +75,8 @@ def span_distances(
 
 def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """Span distances (K1, K2) of all spans of one rollout to all of another."""
-    _check_states("x", x)
-    _check_states("y", y)
-    if x.dtype != y.dtype or x.shape[1] != y.shape[1] or x.device != y.device:
-        raise ValueError("x and y must have one dtype, dim and device")
+    check_op_pair(x, y)
+    _check_on_gpu("x", x)
     hidden = torch.cat([x, y])
     offsets = torch.tensor([0, len(x), len(hidden)], device="cpu")
     with _on(hidden):
@@ -96,7 +101,7 @@ def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
                 matrix[row : row + n, col - rows : col - rows + m] = part
 
         found = run(hidden, tables, given, offer)
-        _check_finite(found, given)
+        _check_finite(found, given, offsets, offsets[:0])
     return matrix
 
 
@@ -111,17 +116,17 @@ def sinkhorn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value, residual and iterations (B,) of transport problems, costs (B, n, m)."""
     _C.check_config(**{**_CONFIG, "reg": reg, "n_iters": n_iters, "tol": tol})
-    if cost.dim() != 3 or cost.dtype != torch.float32:
-        raise ValueError("cost must be a (B, n, m) float32 tensor")
+    check_op_cost(cost)
+    _check_on_gpu("cost", cost)
     if capturing(cost):
         raise RuntimeError("sinkhorn cannot be captured in a graph: it reads back a check of cost")
     batch, n, m = cost.shape
     device = cost.device
-    rows = _lengths("n_rows", n_rows, batch, n)
-    cols = _lengths("n_cols", n_cols, batch, m)
+    rows = _lengths("n_rows", n_rows, cost, n)
+    cols = _lengths("n_cols", n_cols, cost, m)
     pairs = Pairs(
-        torch.empty(batch, device=device), torch.zeros(batch, device=device),
-        torch.zeros(batch, dtype=torch.int32, device=device),
+        cost.new_empty(batch), cost.new_zeros(batch),
+        cost.new_zeros(batch, dtype=torch.int32),
     )  # fmt: skip
     if batch == 0:
         return tuple(pairs)  # type: ignore[return-value]
@@ -129,9 +134,9 @@ def sinkhorn(
         costs = cost.contiguous()
         tables = problem_tables(rows, cols, n, m, device)
         chunk, longest = tables.chunks[0], tables.longest
-        one = torch.ones(1, device=device)
+        one = cost.new_ones(1)
         flag = torch.zeros(1, dtype=torch.int32, device=device)
-        room = torch.empty(chunk.window_floats, device=device)
+        room = cost.new_empty(chunk.window_floats)
         for columns in (False, True):
             bounds.windows(one, tables.spans, chunk, costs, room, flag, columns=columns,
                            what=bounds.MINIMUM, longest=longest)  # fmt: skip
@@ -158,14 +163,15 @@ def _prepare(
 ) -> tuple[Options, Tables]:
     given = Options(**options)
     _C.check_config(**{name: getattr(given, name) for name in _CONFIG})
-    _check_states("hidden", hidden)
+    check_op_states("hidden", hidden)
+    _check_on_gpu("hidden", hidden)
     in_graph = capturing(hidden)
     if in_graph and given.check_finite:
         raise RuntimeError(
             "check_finite must be False while a graph is captured, got True: it reads back a flag"
         )
     integers = [
-        _integers(name, tensor, in_graph)
+        _integers(name, tensor, hidden, in_graph)
         for name, tensor in (
             ("cu_seqlens", cu_seqlens), ("group_ids", group_ids), ("labels", labels),
         )
@@ -196,27 +202,19 @@ def _prepare(
     return given, tables
 
 
-def _check_finite(found: Found, given: Options) -> None:
+def _check_finite(found: Found, given: Options, cu_seqlens: Tensor, group_ids: Tensor) -> None:
     """The only point at which a call waits for the device."""
     if given.check_finite and (token := int(found.states.bad_token)) < len(found.states.hidden):
-        raise ValueError(
-            "hidden must be finite with norms below 1.8e19, got NaN, Inf or larger at token "
-            f"{token}"
-        )
+        raise ValueError(_C.not_finite(token, cu_seqlens.tolist(), group_ids.tolist()))
 
 
-def _check_states(name: str, states: Tensor) -> None:
-    if states.dim() != 2 or states.shape[1] < 1:
-        raise ValueError(f"{name} must be a (tokens, dim) tensor with dim >= 1")
-    if states.dtype not in STATE_DTYPES:
-        raise ValueError(f"{name} must be float32, float16 or bfloat16")
+def _check_on_gpu(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in (("cpu",) if interpreted() else GPUS):
+        raise ValueError(f"{name} must be on the GPU, got {tensor.device}")
 
 
-def _integers(name: str, tensor: Tensor, in_graph: bool) -> list[int]:
-    if tensor.dim() != 1:
-        raise ValueError(f"{name} must be a 1-d tensor")
-    if tensor.dtype not in OP_INTEGER_DTYPES:
-        raise ValueError(f"{name} must be int64, int32, int8 or bool")
+def _integers(name: str, tensor: Tensor, like: Tensor, in_graph: bool) -> list[int]:
+    check_op_integers(name, tensor, like)
     if in_graph and tensor.device.type != "cpu":
         raise RuntimeError(
             f"{name} must be on the CPU while a graph is captured, got {tensor.device}"
@@ -225,11 +223,11 @@ def _integers(name: str, tensor: Tensor, in_graph: bool) -> list[int]:
     return values
 
 
-def _lengths(name: str, given: Tensor | None, batch: int, size: int) -> np.ndarray[Any, Any]:
+def _lengths(name: str, given: Tensor | None, cost: Tensor, size: int) -> np.ndarray[Any, Any]:
     if given is None:
-        return np.full(batch, size, np.int64)
-    lengths = np.array(_integers(name, given, in_graph=False), np.int64)
-    if len(lengths) != batch:
+        return np.full(len(cost), size, np.int64)
+    lengths = np.array(_integers(name, given, cost, in_graph=False), np.int64)
+    if len(lengths) != len(cost):
         raise ValueError(f"{name} must have one entry per problem")
     if ((lengths < 1) | (lengths > size)).any():
         raise ValueError(f"{name} must be in [1, {size}], got {lengths.tolist()}")

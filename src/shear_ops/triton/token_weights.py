@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import _C
 from .columns import (
     ROLLOUT,
     ROLLOUT_BEGIN,
@@ -19,6 +20,8 @@ from .columns import (
     SPAN_END,
 )
 from .tasks import find
+
+LEAST_ROLLOUT_NORM = tl.constexpr(_C.LEAST_ROLLOUT_NORM)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -38,7 +41,10 @@ def token_weights_kernel(
     if group < 0:
         tl.store(weights + token, tl.full((T,), 1.0, tl.float32), mask=there)
         return
-    norm = tl.load(group_norm + group) if BY_GROUP else tl.load(rollout_norm + i)
+    norm = tl.load(group_norm + group)
+    if not BY_GROUP:
+        own = tl.load(rollout_norm + i)
+        norm = tl.where(own < LEAST_ROLLOUT_NORM * norm, norm, own)
     # begins and ends increase from span to span: from the last one that ends before these tokens
     # (or the first of all) to the last one that begins before they end
     span = tl.load(rollout + ROLLOUT_SPAN_BEGIN)
