@@ -109,10 +109,13 @@ def test_unknown_instruction_set(tmp_path: Path) -> None:
 
 
 def configure(folder: Path, *arguments: str, **environment: str) -> str:
-    if shutil.which("cmake") is None:
+    # that of the environment first, as a build has it
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
         pytest.skip("cmake is not installed")
     done = subprocess.run(
-        ["cmake", *arguments, "-B", str(folder / "build")],
+        [cmake, *arguments, "-B", str(folder / "build")],
         env={**os.environ, **environment}, capture_output=True, text=True,
     )  # fmt: skip
     return " ".join((done.stdout + done.stderr).split())
