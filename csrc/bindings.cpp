@@ -248,6 +248,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("entropy_term", &shear::entropy_term, py::arg("eps"), py::arg("log_longest"));
   m.def("may_hide", &shear::may_hide, py::arg("n"), py::arg("m"), py::arg("tol"));
   m.def("first_heat", &shear::first_heat, py::arg("range"));
+  m.def("stopped_warning", &shear::stopped_warning, py::arg("stopped"), py::arg("solved"),
+        py::arg("n_iters"));
   m.def("check_batch", &shear::check_batch, py::arg("cu_seqlens"), py::arg("group_ids"),
         py::arg("labels"), py::kw_only(), py::arg("tokens"));
   m.def("not_finite", &shear::not_finite, py::arg("token"), py::arg("cu_seqlens"),

@@ -158,4 +158,12 @@ std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
                      "]");
 }
 
+std::string stopped_warning(int64_t stopped, int64_t solved, int64_t n_iters) {
+  return "shear_ops: " + std::to_string(stopped) + " of " + std::to_string(solved) +
+         " solved span pairs were stopped at n_iters=" + std::to_string(n_iters) +
+         " before they converged, and weights may be off: raise n_iters or reg; span_distances "
+         "says "
+         "which spans have iterations == n_iters (said once per process)";
+}
+
 }  // namespace shear

@@ -114,4 +114,7 @@ Problem make_pair_problem(int64_t rows, int64_t cols, const Config& config);
 std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
                        const std::vector<int64_t>& group_ids);
 
+// What a caller who sees weights only is told of pairs that n_iters stopped.
+std::string stopped_warning(int64_t stopped, int64_t solved, int64_t n_iters);
+
 }  // namespace shear

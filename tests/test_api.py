@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import math
 import re
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -478,3 +480,18 @@ def test_no_weight_is_infinite(
             for i in zero:
                 tokens = slice(*given["cu_seqlens"][i : i + 2])
                 assert torch.equal(seen[tokens], by_group[tokens])
+
+
+def test_stopped_pairs_are_warned_of_once() -> None:
+    """In a process of its own, on stderr as torch's operators warn; nothing at the defaults."""
+    code = """
+import torch, shear_ops
+given = dict(hidden=torch.randn(60, 8), cu_seqlens=[0, 30, 60], group_ids=[0, 0], labels=[1, 0])
+shear_ops.span_weights(**given)
+for _ in range(3):
+    shear_ops.span_weights(**given, config=shear_ops.SpanConfig(n_iters=1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    wanted = "1 of 1 solved span pairs were stopped at n_iters=1 before they converged"
+    assert done.stderr.count(wanted) == 1
+    assert done.stderr.count("stopped at n_iters") == 1

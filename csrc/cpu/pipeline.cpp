@@ -5,6 +5,7 @@
 
 #include "cpu/tiles.h"
 #include "stage.h"
+#include "warn.h"
 
 namespace shear::cpu {
 
@@ -72,6 +73,7 @@ void Pipeline::run(float* matrix) {
     if (matrix) copy_distances(chunk, pairs, matrix);
   }
   finish_means();
+  warn_of_stopped(counts_.stopped, counts_.solved, config_.n_iters);
 }
 
 void Pipeline::copy_distances(const Chunk& chunk, const Pairs& pairs, float* matrix) const {

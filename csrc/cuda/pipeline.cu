@@ -10,6 +10,7 @@
 #include "cuda/states.cuh"
 #include "cuda/token_weights.cuh"
 #include "stage.h"
+#include "warn.h"
 
 namespace shear::cuda {
 namespace {
@@ -180,11 +181,13 @@ void Pipeline::span_distances(const SpanOutputs& out) const {
 }
 
 void Pipeline::check_finite() const {
-  unsigned long long bad = 0;
-  stream_.read(&bad, &call_.counters->bad_token, sizeof bad);
-  if (bad != ~0ull)
+  Counters seen;
+  stream_.read(&seen, call_.counters, sizeof seen);
+  if (seen.bad_token != ~0ull)
     throw std::invalid_argument(
-        not_finite(static_cast<int64_t>(bad), problem_.cu_seqlens, problem_.group_ids));
+        not_finite(static_cast<int64_t>(seen.bad_token), problem_.cu_seqlens, problem_.group_ids));
+  warn_of_stopped(static_cast<int64_t>(seen.counts[kStopped]),
+                  static_cast<int64_t>(seen.counts[kSolved]), config_.n_iters);
 }
 
 void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverPlan& plan) {

@@ -26,7 +26,8 @@ class Pipeline {
   void run(float* matrix) const;
   void token_weights(float* weights) const;
   void span_distances(const SpanOutputs& out) const;
-  // Waits for the stream. Throws std::invalid_argument on states that are not finite.
+  // Waits for the stream. Throws std::invalid_argument on states that are not finite; warns of
+  // pairs that n_iters stopped.
   void check_finite() const;
 
  private:

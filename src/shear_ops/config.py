@@ -26,7 +26,9 @@ class SpanConfig:
             from 0.005 to 0.5 of the mean norm.
         reg_unit: ``"mean_norm"``: eps = reg * mean norm of the group, so that weights do not
             change when hidden states are rescaled; ``"cost"``: eps = reg (paper: about 4.5).
-        n_iters: most Sinkhorn iterations per span pair; only slow pairs take more than a few dozen.
+        n_iters: most Sinkhorn iterations per span pair; only slow pairs take more than a few
+            dozen. A warning, once per process, says if it stopped some (on a GPU only with
+            check_finite).
         tol: stop a span pair when the L1 error of its marginal is at most this, or less where
             eps * log(tokens) exceeds a fifth of the distance: the default keeps span distances
             within 2e-3 of the converged ones.

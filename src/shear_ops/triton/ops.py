@@ -6,6 +6,7 @@ come from ops/batch.py.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -45,6 +46,7 @@ from .tables import Tables, problem_tables, tables_of
 RECENT = 4  # tables that are kept for calls with the same lengths, groups and labels
 _recent: OrderedDict[Hashable, Tables] = OrderedDict()
 _captured: dict[Hashable, Tables] = {}  # graphs read them for as long as they live
+_said_stopped = False  # once per process
 
 
 def span_weights(
@@ -203,9 +205,16 @@ def _prepare(
 
 
 def _check_finite(found: Found, given: Options, cu_seqlens: Tensor, group_ids: Tensor) -> None:
-    """The only point at which a call waits for the device."""
-    if given.check_finite and (token := int(found.states.bad_token)) < len(found.states.hidden):
+    """The only point at which a call waits for the device; warns of stopped pairs, once."""
+    global _said_stopped
+    if not given.check_finite:
+        return
+    if (token := int(found.states.bad_token)) < len(found.states.hidden):
         raise ValueError(_C.not_finite(token, cu_seqlens.tolist(), group_ids.tolist()))
+    *_, solved, stopped = found.counts.tolist()
+    if stopped and not _said_stopped:
+        _said_stopped = True
+        warnings.warn(_C.stopped_warning(stopped, solved, given.n_iters), stacklevel=2)
 
 
 def _check_on_gpu(name: str, tensor: Tensor) -> None:
