@@ -57,6 +57,14 @@ def two_clusters() -> tuple[Array, float]:
     return reference.token_cost(*sides).numpy(), 0.7
 
 
+def pair_with_sinks() -> tuple[Array, float]:
+    """Costs of two sets of 100 tokens, 3 and 4 of them 300 times as long, and 0.03 mean norms."""
+    x, y = torch.randn(2, 100, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:3] *= 300
+    y[:4] *= 300
+    return reference.token_cost(x, y).numpy(), 0.03 * torch.cat([x, y]).norm(dim=1).mean().item()
+
+
 def soft_min(cost: Array, eps: float) -> Array:
     """-eps log mean_j exp(-C_ij / eps)."""
     lowest = cost.min(1, keepdims=True)
@@ -79,10 +87,10 @@ def iterate(cost: Array, eps: float, omega: float, count: int) -> dict[str, list
     return seen
 
 
-def solver(cost: Array, eps: float, count: int) -> shear_ops.SinkhornResult:
+def solver(cost: Array, eps: float, count: int, tol: float = 0.0) -> shear_ops.SinkhornResult:
     """What the solver itself reached after 1 to count iterations."""
     one = torch.tensor(cost, dtype=torch.float32)
-    found = [shear_ops.sinkhorn(one, reg=eps, n_iters=k + 1, tol=0.0) for k in range(count)]
+    found = [shear_ops.sinkhorn(one, reg=eps, n_iters=k + 1, tol=tol) for k in range(count)]
     return shear_ops.SinkhornResult(*(torch.stack(field) for field in zip(*found, strict=True)))
 
 
@@ -260,6 +268,25 @@ def over_relaxation() -> Axes:
     return picture
 
 
+def eps_scaling() -> Axes:
+    """The residual of one pair with sink tokens, at eps from the start and cooled."""
+    cost, eps = pair_with_sinks()
+    count = 270
+    picture = axes(5.5, 2.9, yscale="log", xlabel="iteration", ylabel="residual")
+    for omega in (1.0, 1.75):
+        curve = iterate(cost, eps, omega, count)["residual"]
+        (line,) = picture.plot(range(1, count + 1), curve, lw=1)
+        picture.text(count + 3, curve[-1], f"ω = {omega:g}", color=line.get_color(), va="center")
+    found = solver(cost, eps, 60, tol=5e-3)
+    done = int(found.iterations[-1])
+    picture.plot(range(1, done + 1), found.residual[:done].tolist(), lw=2, color="black")
+    picture.text(done + 3, float(found.residual[-1]), "cooled", va="center")
+    picture.axhline(5e-3, color="gray", lw=1, ls="--")
+    picture.text(count, 5.5e-3, "default tol", color="gray", ha="right")
+    picture.set_xlim(0, count + 35)
+    return picture
+
+
 PICTURES: dict[str, Callable[[], Axes]] = {
     "spans": spans,
     "sharing": sharing,
@@ -268,6 +295,7 @@ PICTURES: dict[str, Callable[[], Axes]] = {
     "five-numbers": five_numbers,
     "pruning": pruning,
     "over-relaxation": over_relaxation,
+    "eps-scaling": eps_scaling,
 }
 
 

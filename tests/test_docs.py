@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from shear_ops import _C, reference
+from shear_ops import _C, SpanConfig, reference
 from test_backends import SCALE, TOLERANCES
 
 ROOT = Path(__file__).parents[1]
@@ -83,13 +84,69 @@ def test_constants_are_those_of_the_code() -> None:
     assert _C.NEAR_DUPLICATE == 2.0**-7
     assert _C.MEAN_SHARE == 0.95
     assert _C.LEAST_ROLLOUT_NORM == reference.LEAST_ROLLOUT_NORM == 2.0**-24
-    solver = {"test_every": 4, "first_check": 4, "finish_again": 4, "retreat_ratio": 1.5,
-              "drift_bits": 20}  # fmt: skip
-    assert {name: _C.SOLVER[name] for name in solver} == solver
-    assert _C.SOLVER["tolerance_share"] == pytest.approx(0.2)
-    for text in ("q < 2^-7", "m = 0.95", "ratio >= 1.5", "Every 4 iterations", "iterations 4, 8, 16",
-                 "goes on for 4 iterations", "<= 0.2 * tol", "[2^-20, 2^20]"):  # fmt: skip
+    said = {
+        "far": (1e30, ["Padding** has cost 1e30"]),
+        "log2e": (math.log2(math.e), []),
+        "top_level": (5, ["omega = 2 - 2^-k for k = 0 .. 5"]),
+        "fresh": (
+            -1,
+            ["The first iteration is plain", "At each heat the first iteration is plain"],
+        ),
+        "test_every": (4, ["Every 4 iterations"]),
+        "retreat_ratio": (1.5, ["ratio >= 1.5"]),
+        "first_check": (4, ["iterations 4, 8, 16"]),
+        "finish_again": (4, ["goes on for 4 iterations"]),
+        "tolerance_share": (0.2, ["<= 0.2 * tol * max(D, eps)", "<= 0.2 * tol * max(L, eps)"]),
+        "entropy_offset": (2, ["E = eps (2 + log(max(n, m)))"]),
+        "hot_range": (256, ["range <= 256 heat eps ln 2", "more than 256 eps ln 2"]),
+        "cooling": (4, ["the smallest power of 4", "then at heat / 4 * eps", "(heat / 4) E <="]),
+        "least_residual": (2e-5, ["not less than 2e-5"]),
+        "drift_bits": (20, ["[2^-20, 2^20]"]),
+    }
+    assert {name: pytest.approx(value) for name, (value, _) in said.items()} == _C.SOLVER
+    texts = [text for _, of_constant in said.values() for text in of_constant]
+    for text in ("q < 2^-7", "m = 0.95", *texts):
         assert text in METHOD, text
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    config = SpanConfig()
+    assert f"`n_iters` is {config.n_iters} by default" in METHOD
+    assert f"`n_iters` (default {config.n_iters})" in NUMERICS
+    assert f"`n_iters` ({config.n_iters})" in (ROOT / "README.md").read_text()
+    assert config.tol == 5e-3
+    assert "the default tol of 5e-3" in METHOD
+
+
+def test_when_a_pair_is_heated() -> None:
+    """The smallest power of 4 with range <= 256 heat, the range in units of eps ln 2."""
+    share, cooling = _C.SOLVER["hot_range"], _C.SOLVER["cooling"]
+    for heat in (1, 4, 16, 64):
+        assert _C.first_heat(share * heat) == heat
+        assert _C.first_heat(share * heat * 1.01) == heat * cooling
+    assert _C.first_heat(0.0) == 1
+    # an update moves a potential by about eps log n
+    assert "(about 40 updates between spans of 100)" in METHOD
+    assert share * math.log(2) / math.log(100) == pytest.approx(40, rel=0.05)
+
+
+def test_where_mass_may_hide() -> None:
+    for n, m in itertools.product(range(1, 130, 3), range(1, 130, 7)):
+        assert _C.may_hide(n, m, 5e-3) == (2 / math.lcm(n, m) < 5e-3), (n, m)
+    assert "2/1900 = 1.1e-3" in METHOD
+    assert math.lcm(100, 76) == 1900
+
+
+def test_what_the_tolerance_is() -> None:
+    """Equation (6), and where its second part follows from the first."""
+    tol, eps = 5e-3, 0.3
+    entropy = _C.entropy_term(eps, math.log(100))
+    assert entropy == pytest.approx(eps * (2 + math.log(100)))
+    for distance in (0.0, 0.1, 1.0, 4.9 * entropy, 5.1 * entropy, 100.0):
+        allowed = min(tol, 0.2 * tol * max(distance, eps) / entropy)
+        assert _C.tolerance(tol, entropy, eps, distance) == pytest.approx(allowed)
+    assert "Where D >= 5 E" in METHOD
+    assert 5 * entropy / eps * SpanConfig().reg == pytest.approx(1, abs=0.05)  # "that is D >= N"
 
 
 @pytest.fixture(scope="module")
