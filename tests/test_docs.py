@@ -99,7 +99,15 @@ def test_constants_are_those_of_the_code() -> None:
         "tolerance_share": (0.2, ["<= 0.2 * tol * max(D, eps)", "<= 0.2 * tol * max(L, eps)"]),
         "entropy_offset": (2, ["E = eps (2 + log(max(n, m)))"]),
         "hot_range": (256, ["range <= 256 heat eps ln 2", "more than 256 eps ln 2"]),
-        "cooling": (4, ["the smallest power of 4", "then at heat / 4 * eps", "(heat / 4) E <="]),
+        "cooling": (
+            4,
+            [
+                "the smallest power of 4",
+                "then at heat / 4 * eps",
+                "(heat / 4) E <=",
+                "4 E, because",
+            ],
+        ),
         "least_residual": (2e-5, ["not less than 2e-5"]),
         "drift_bits": (20, ["[2^-20, 2^20]"]),
     }
