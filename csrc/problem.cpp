@@ -44,7 +44,7 @@ void append_spans(const Rollout& rollout, int64_t index, const Config& config,
   const int64_t tokens = rollout.tokens();
   const int64_t count = span_count(tokens, config.span, config.stride);
   for (int64_t k = 0; k < count; ++k) {
-    const int64_t begin = rollout.begin + span_begin(k, config.stride);
+    const int64_t begin = rollout.begin + span_begin(k, tokens, config.span, config.stride);
     spans->push_back({begin, begin + span_size(k, tokens, config.span, config.stride), index});
   }
 }

@@ -19,20 +19,26 @@ SHEAR_HOST_DEVICE int64_t span_count(int64_t tokens, int64_t span, int64_t strid
   return tokens <= span ? 1 : (tokens - span + stride - 1) / stride + 1;
 }
 
-SHEAR_HOST_DEVICE int64_t span_begin(int64_t k, int64_t stride) { return k * stride; }
+// These are given all that a rule for the last span may depend on. Spans of a block of a rollout
+// (csrc/chunks.h) are counted from its first one, its tokens from there to the end of the last.
+SHEAR_HOST_DEVICE int64_t span_begin(int64_t k, int64_t /*tokens*/, int64_t /*span*/,
+                                     int64_t stride) {
+  return k * stride;
+}
 
 // The last span ends with the rollout and may be shorter.
 SHEAR_HOST_DEVICE int64_t span_size(int64_t k, int64_t tokens, int64_t span, int64_t stride) {
-  const int64_t left = tokens - span_begin(k, stride);
+  const int64_t left = tokens - span_begin(k, tokens, span, stride);
   return left < span ? left : span;
 }
 
-// The spans that cover token t are [first_covering, end_covering) of `count`.
-SHEAR_HOST_DEVICE int64_t first_covering(int64_t t, int64_t span, int64_t stride) {
+// The spans that cover token t are [first_covering, end_covering).
+SHEAR_HOST_DEVICE int64_t first_covering(int64_t t, int64_t /*tokens*/, int64_t span,
+                                         int64_t stride) {
   return t < span ? 0 : (t - span) / stride + 1;
 }
-SHEAR_HOST_DEVICE int64_t end_covering(int64_t t, int64_t count, int64_t stride) {
-  const int64_t begun = t / stride + 1;
+SHEAR_HOST_DEVICE int64_t end_covering(int64_t t, int64_t tokens, int64_t span, int64_t stride) {
+  const int64_t begun = t / stride + 1, count = span_count(tokens, span, stride);
   return begun < count ? begun : count;
 }
 

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) reduce_costs(const Call call) {
     for (int b0 = 0; b0 < block.col_spans; b0 += kWarp) {
       float kept = 0.f;  // lane l: of span b0 + l
       for (int b = b0; b < min(b0 + kWarp, block.col_spans); ++b) {
-        const int64_t begin = span_begin(b, call.stride);
+        const int64_t begin = begin_of_span(call, block.col_tokens, b);
         const int size = size_of_span(call, block.col_tokens, b);
         float lowest = kInfinity;
         for (int j = lane_id(); j < size; j += kWarp) lowest = fminf(lowest, row[begin + j]);
@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(kThreads) reduce_costs(const Call call) {
 // Q of one pair, to every lane.
 __device__ __forceinline__ float column_bound(const Call& call, const DeviceBlock& block, int a,
                                               int n, int b) {
-  const int64_t row = span_begin(a, call.stride), col = span_begin(b, call.stride);
+  const int64_t row = begin_of_span(call, block.row_tokens, a);
+  const int64_t col = begin_of_span(call, block.col_tokens, b);
   const int m = size_of_span(call, block.col_tokens, b);
-  // whole strips of the row span, then its remaining rows
+  // whole strips of the row span, which begins with strip a, then its remaining rows
   const int strips = call.column_minima ? static_cast<int>(n / call.strip) : 0;
   const float* minima =
       call.minima + block.minima_offset + static_cast<int64_t>(a) * block.ld + col;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) bound_pairs(const Call call) {
                 static_cast<unsigned long long>(count));
     return;
   }
-  const int64_t row = span_begin(a, call.stride);
+  const int64_t row = begin_of_span(call, block.row_tokens, a);
   const int n = size_of_span(call, block.row_tokens, a);
   float r = 0.f;
   if (present) {

@@ -61,7 +61,10 @@ __device__ __forceinline__ bool has_scale(const Call& call, int group) {
   return norm > 0 && norm < __builtin_huge_val();
 }
 
-// The tokens of span k of `tokens` tokens.
+// The begin of span k of `tokens` tokens, and how many it has.
+__device__ __forceinline__ int64_t begin_of_span(const Call& call, int64_t tokens, int64_t k) {
+  return span_begin(k, tokens, call.span_tokens, call.stride);
+}
 __device__ __forceinline__ int size_of_span(const Call& call, int64_t tokens, int64_t k) {
   return static_cast<int>(span_size(k, tokens, call.span_tokens, call.stride));
 }

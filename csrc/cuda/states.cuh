@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(kThreads) begin_call(const Call call) {
   const int i = last_not_after(call.n_rollouts, s,
                                [&](int k) { return int64_t{call.rollouts[k].span_begin}; });
   const DeviceRollout& rollout = call.rollouts[i];
-  const int64_t k = s - rollout.span_begin;
-  call.span_table[s] = {.begin = rollout.begin + span_begin(k, call.stride),
-                        .size = size_of_span(call, rollout.end - rollout.begin, k),
+  const int64_t k = s - rollout.span_begin, tokens = rollout.end - rollout.begin;
+  call.span_table[s] = {.begin = rollout.begin + begin_of_span(call, tokens, k),
+                        .size = size_of_span(call, tokens, k),
                         .rollout = i};
   call.best[s] = __float_as_uint(kInfinity);
   call.nearest[s] = nothing_found();

@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(kThreads) token_weights(const WeightsArgs args
     args.weights[t] = 1.f;
     return;
   }
-  const int64_t at = t - rollout.begin;
-  const int64_t first = first_covering(at, call.span_tokens, call.stride);
-  const int64_t end = end_covering(at, rollout.spans, call.stride);
+  const int64_t at = t - rollout.begin, tokens = rollout.end - rollout.begin;
+  const int64_t first = first_covering(at, tokens, call.span_tokens, call.stride);
+  const int64_t end = end_covering(at, tokens, call.span_tokens, call.stride);
   double highest = 0, total = 0;
   for (int64_t k = first; k < end; ++k) {
     const double distance = final_distance(call, call.nearest[rollout.span_begin + k]);
