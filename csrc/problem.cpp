@@ -27,7 +27,7 @@ int64_t count_spans(const std::vector<int64_t>& cu_seqlens, const Config& config
   int64_t spans = 0;
   for (size_t i = 0; i + 1 < cu_seqlens.size(); ++i) {
     const int64_t tokens = cu_seqlens[i + 1] - cu_seqlens[i];
-    const int64_t longest = std::min(tokens, config.span);
+    const int64_t longest = longest_span(tokens, config.span);
     require(longest <= kMostSpanTokens, "span must be at most " + std::to_string(kMostSpanTokens) +
                                             " for rollouts of so many tokens, got a span of " +
                                             std::to_string(longest));
@@ -45,7 +45,9 @@ void append_spans(const Rollout& rollout, int64_t index, const Config& config,
   const int64_t count = span_count(tokens, config.span, config.stride);
   for (int64_t k = 0; k < count; ++k) {
     const int64_t begin = rollout.begin + span_begin(k, tokens, config.span, config.stride);
-    spans->push_back({begin, begin + span_size(k, tokens, config.span, config.stride), index});
+    spans->push_back({.begin = begin,
+                      .end = begin + span_size(k, tokens, config.span, config.stride),
+                      .rollout = index});
   }
 }
 
@@ -116,8 +118,11 @@ Problem make_problem(const std::vector<int64_t>& cu_seqlens, const std::vector<i
   std::unordered_map<int64_t, size_t> index_of_id;
   std::vector<Group> groups;
   for (size_t i = 0; i < labels.size(); ++i) {
-    Rollout rollout{cu_seqlens[i], cu_seqlens[i + 1], static_cast<int64_t>(problem.spans.size()), 0,
-                    -1};
+    Rollout rollout{.begin = cu_seqlens[i],
+                    .end = cu_seqlens[i + 1],
+                    .span_begin = static_cast<int64_t>(problem.spans.size()),
+                    .span_end = 0,
+                    .group = -1};
     append_spans(rollout, static_cast<int64_t>(i), config, &problem.spans);
     rollout.span_end = static_cast<int64_t>(problem.spans.size());
     problem.rollouts.push_back(rollout);

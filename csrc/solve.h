@@ -103,6 +103,12 @@ SHEAR_HOST_DEVICE float first_heat(float range) {
   return heat;
 }
 
+// Whether a pair is nearest to neither of its spans, of which these distances are known. Strictly:
+// ties are computed, so that the result does not depend on the order of the pairs.
+SHEAR_HOST_DEVICE bool cannot_win(float bound, float best_row, float best_col) {
+  return bound > best_row && bound > best_col;
+}
+
 struct Solution {
   float distance;  // the bound that exceeded both known minima, if abandoned
   float residual;  // L1 error of the row marginal

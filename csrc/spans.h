@@ -32,6 +32,11 @@ SHEAR_HOST_DEVICE int64_t span_size(int64_t k, int64_t tokens, int64_t span, int
   return left < span ? left : span;
 }
 
+// No span of a rollout is longer; tokens: of the rollout, or as many as it may have.
+SHEAR_HOST_DEVICE int64_t longest_span(int64_t tokens, int64_t span) {
+  return tokens < span ? tokens : span;
+}
+
 // The spans that cover token t are [first_covering, end_covering).
 SHEAR_HOST_DEVICE int64_t first_covering(int64_t t, int64_t /*tokens*/, int64_t span,
                                          int64_t stride) {

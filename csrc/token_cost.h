@@ -1,4 +1,4 @@
-// What the token costs of all backends share: ||x - y|| from ||x||^2 + ||y||^2 - 2<x, y>, where the
+// What the token costs of the backends share: ||x - y|| from ||x||^2 + ||y||^2 - 2<x, y>, where the
 // product of hidden states is not to lose more than float32 can spare.
 #pragma once
 

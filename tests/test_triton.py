@@ -6,6 +6,7 @@ Runs in Triton's interpreter (TRITON_INTERPRET=1, `make interpreted`) and on a G
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def test_rules_are_those_of_solve_h(device: torch.device) -> None:
     ]
     assert min(wanted) < 5e-3 == pytest.approx(max(wanted))
     torch.testing.assert_close(out.cpu(), torch.tensor(wanted), rtol=1e-6, atol=0)
+
+    sizes = [(100, 100), (100, 95), (7, 2), (400, 401), (30, 31), (512, 512)]
+    for n, m in sizes:
+        hidden = torch.zeros(1, dtype=torch.int32, device=device)
+        rules.may_hide_kernel[1,](n, m, 5e-3, hidden)
+        assert bool(hidden) == _C.may_hide(n=n, m=m, tol=5e-3), (n, m)
+    assert {_C.may_hide(n=n, m=m, tol=5e-3) for n, m in sizes} == {False, True}
+    for costs_range in (0.0, 255.0, 257.0, 1023.0, 1025.0, 1e6):
+        rules.first_heat_kernel[1,](costs_range, out)
+        assert out[0].item() == _C.first_heat(costs_range)
+    for longest in (2, 100, 4096):
+        rules.entropy_kernel[1,](0.3, float(longest), 1.0, out)
+        assert out[0].item() == pytest.approx(_C.entropy_term(0.3, math.log(longest)), rel=1e-6)
 
 
 def test_pauses_of_the_solver(device: torch.device) -> None:

@@ -31,10 +31,28 @@ def tolerance_kernel(tol, entropies, eps, distances, out, N: tl.constexpr):
 
 
 @triton.jit
+def may_hide_kernel(n, m, tol, out):
+    """Whether missing mass can hide, as 0 or 1."""
+    tl.store(out, solve.may_hide(n + tl.program_id(0), m + tl.program_id(0), tol).to(tl.int32))
+
+
+@triton.jit
+def first_heat_kernel(costs_range, out):
+    """The heat at which a pair is begun."""
+    tl.store(out, solve.first_heat(costs_range + 0.0))
+
+
+@triton.jit
+def entropy_kernel(eps, rows, cols, out):
+    """The entropy term of a pair of rows x cols costs."""
+    tl.store(out, solve.entropy_term(eps, rows + 0.0, cols + 0.0))
+
+
+@triton.jit
 def schedule_kernel(residual, tol, n_iters, out, N: tl.constexpr):
     """Pauses of a pair whose residual stays the same: (N, 3) iteration, dual value due, settled."""
     it = n_iters * 0
-    schedule = solve.begin(it)
+    schedule = solve.begin(it, it * 0.0 + 1.0)
     for k in tl.static_range(N):
         it = solve.pause_at(schedule, it, n_iters)
         schedule = solve.after_updates(schedule, residual, it, False)

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/kernels/kernels.h"
+#include "spans.h"
 
 namespace shear::cpu {
 
@@ -15,7 +16,7 @@ Plan make_plan(const Problem& problem, const Config& config, int64_t dim, int64_
     for (const auto* side : {&group.correct, &group.incorrect})
       for (const int64_t i : *side) {
         const Rollout& rollout = problem.rollouts[i];
-        n = std::max(n, std::min(config.span, rollout.tokens()));
+        n = std::max(n, longest_span(rollout.tokens(), config.span));
         row = std::max(row, rollout.tokens() + rollout.spans());
       }
   if (n > 0) plan.scratch_floats = std::max(kPanelFloats, row);

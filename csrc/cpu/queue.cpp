@@ -90,7 +90,7 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
       const int64_t b = block.col_span + (p - block.pair_offset) % block.col_spans;
       const Span &row = problem_.spans[a], &col = problem_.spans[b];
       const float bound = pairs.value[p];
-      if (config_.prune && bound > as_float(&best_[a]) && bound > as_float(&best_[b])) {
+      if (config_.prune && cannot_win(bound, as_float(&best_[a]), as_float(&best_[b]))) {
         ++bounded;
         continue;
       }

@@ -3,11 +3,13 @@
 // come from src/shear_ops/ops/batch.py.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "cpu/pipeline.h"
 #include "tensors.h"

@@ -1,4 +1,5 @@
 // What is measured once per call from the hidden states alone: norms and the groups' mean states.
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/tiles.h"
+#include "spans.h"
 
 namespace shear::cuda {
 namespace {
@@ -162,7 +163,7 @@ DevicePlan make_device_plan(const Problem& problem, const Config& config, const 
       int64_t& most = out.rollouts[span.rollout].correct ? rows : cols;
       most = std::max(most, span.size());
     }
-    out.solver = plan_solver(config.span, rows, cols, pairs, device);
+    out.solver = plan_solver(longest_span(INT32_MAX, config.span), rows, cols, pairs, device);
   }
 
   Workspace& w = out.workspace;

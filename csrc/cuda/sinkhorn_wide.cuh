@@ -12,7 +12,9 @@ class WideEngine {
   __device__ WideEngine(float* shared, float* scratch)
       : room_(shared), vectors_(shared + kWideRoom), scratch_(scratch) {}
 
-  __device__ float entropy() const { return eps() * logf(static_cast<float>(max(n_, m_))); }
+  __device__ float entropy() const {
+    return entropy_term(eps(), logf(static_cast<float>(max(n_, m_))));
+  }
   __device__ int rows() const { return n_; }
   __device__ int cols() const { return m_; }
   __device__ float eps() const { return kLog2e / scale_; }

@@ -1,6 +1,7 @@
 // torch.ops.shear on a GPU: tensors to plain data and back. Offsets, groups and labels are read on
 // the host, where the plan is made. The checks here keep memory safe for direct callers of
-// torch.ops; the typed errors of the Python functions come from src/shear_ops/ops/checks.py.
+// torch.ops; the typed errors of the Python functions come from src/shear_ops/ops/batch.py.
+#include <algorithm>
 #include <exception>
 #include <optional>
 #include <stdexcept>

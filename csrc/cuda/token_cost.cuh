@@ -2,7 +2,9 @@
 // tensor cores, then ||x||^2 + ||y||^2 - 2<x, y>, square root and repair of near-duplicates while
 // the tile is on the chip. Products of bfloat16 and float16 are exact in float32; float32 states
 // are split into two TF32 parts each, of whose four products the three that count are taken. A
-// product accumulates over the dimensions in one order, whatever the tile around it.
+// product accumulates over the dimensions in one order, whatever the tile around it. States are not
+// centred, since they go from memory to the tensor cores as they are: where the mean dominates,
+// near- duplicates are most entries, and their repair costs time, not accuracy.
 #pragma once
 #include <type_traits>
 

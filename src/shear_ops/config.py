@@ -30,8 +30,8 @@ class SpanConfig:
             dozen. A warning, once per process, says if it stopped some (on a GPU only with
             check_finite).
         tol: stop a span pair when the L1 error of its marginal is at most this, or less where
-            eps * log(tokens) exceeds a fifth of the distance: the default keeps span distances
-            within 2e-3 of the converged ones.
+            eps * (2 + log(tokens)) exceeds a fifth of the distance: the default keeps span
+            distances within 2e-3 of the converged ones.
         distance: between two spans. ``"sinkhorn"``: sharp transport cost of the entropic plan,
             corrected for the marginal error left, never below the certified bounds on W1;
             ``"chamfer"``: (R + Q) / 2, the mean of both directed nearest-token costs; ``"mmd"``:

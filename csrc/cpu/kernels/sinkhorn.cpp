@@ -134,6 +134,7 @@ class Engine {
 
   // One iteration.
   float iterate(int level, unsigned, float, unsigned& it) {
+    static_assert(kTopLevel == 5, "a case per level");
     ++it;
     switch (level) {
       case 0:
@@ -264,15 +265,13 @@ class Engine {
   bool drifted_ = false;
 };
 
-// Strictly above both minima: ties are computed, so that the result never depends on the order of
-// the pairs.
 bool beaten(const PairInput& in, float bound) {
   if (!in.best_row) return false;
   const uint32_t bits[2] = {__atomic_load_n(in.best_row, __ATOMIC_RELAXED),
                             __atomic_load_n(in.best_col, __ATOMIC_RELAXED)};
   float best[2];
   __builtin_memcpy(best, bits, sizeof best);
-  return bound > best[0] && bound > best[1];
+  return cannot_win(bound, best[0], best[1]);
 }
 
 }  // namespace

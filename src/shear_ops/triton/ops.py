@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -111,13 +112,12 @@ def sinkhorn(
     cost: Tensor,
     n_rows: Tensor | None = None,
     n_cols: Tensor | None = None,
-    *,
-    reg: float,
-    n_iters: int = 5000,
-    tol: float = 5e-3,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value, residual and iterations (B,) of transport problems, costs (B, n, m)."""
-    _C.check_config(**{**_CONFIG, "reg": reg, "n_iters": n_iters, "tol": tol})
+    given = {**_defaults("sinkhorn"), **options}
+    reg, n_iters, tol = given["reg"], given["n_iters"], given["tol"]
+    _check_config({**_defaults("span_weights"), "reg": reg, "n_iters": n_iters, "tol": tol})
     check_op_cost(cost)
     _check_on_gpu("cost", cost)
     if capturing(cost):
@@ -153,18 +153,22 @@ def sinkhorn(
     return tuple(pairs)  # type: ignore[return-value]
 
 
-_CONFIG: dict[str, Any] = {
-    name: value
-    for name, value in Options().__dict__.items()
-    if name not in ("check_finite", "prune")
-}
+@cache
+def _defaults(operator: str) -> dict[str, Any]:
+    """The defaults of a schema: torch does not pass what equals them."""
+    arguments = getattr(torch.ops.shear, operator).default._schema.arguments
+    return {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+
+def _check_config(options: dict[str, Any]) -> None:
+    _C.check_config(**{k: v for k, v in options.items() if k not in ("check_finite", "prune")})
 
 
 def _prepare(
     hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, options: dict[str, Any]
 ) -> tuple[Options, Tables]:
-    given = Options(**options)
-    _C.check_config(**{name: getattr(given, name) for name in _CONFIG})
+    given = Options(**{**_defaults("span_weights"), **options})
+    _check_config(vars(given))
     check_op_states("hidden", hidden)
     _check_on_gpu("hidden", hidden)
     in_graph = capturing(hidden)

@@ -29,20 +29,20 @@ BYTES_PER_PAIR = 40  # value, residual, iterations, and what sorting them takes
 
 @dataclass(frozen=True)
 class Options:
-    """The keyword arguments of torch.ops.shear, with its defaults."""
+    """The keyword arguments of torch.ops.shear."""
 
-    span: int = 100
-    stride: int = 25
-    reg: float = 0.03
-    n_iters: int = 5000
-    tol: float = 5e-3
-    reg_unit: int = 0
-    distance: int = 0
-    normalization: int = 0
-    pooling: int = 0
-    aggregation: int = 0
-    check_finite: bool = True
-    prune: bool = True
+    span: int
+    stride: int
+    reg: float
+    n_iters: int
+    tol: float
+    reg_unit: int
+    distance: int
+    normalization: int
+    pooling: int
+    aggregation: int
+    check_finite: bool
+    prune: bool
 
     def chose(self, option: str, name: str) -> bool:
         """Whether an option has the value of this name."""
