@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 import ranks
 from problems import Text
 from shear_ops import HiddenBank, SpanConfig, Weighting, distributed, span_weights
+from shear_ops.training.metrics import log_weights
 
 CONFIG = SpanConfig(span=16, stride=5)
 GROUPS = 5
@@ -294,6 +297,51 @@ def test_mean_one_of_identical_rollouts() -> None:
         hidden, **arguments, labels=[1, 0], config=CONFIG, weighting=Weighting(mean_one=True)
     )
     assert bool(found.weights.isfinite().all())
+    assert torch.equal(Weighting(mean_one=True).apply(torch.zeros(3), 0), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [Weighting(mean_one=True), Weighting(clip=(0.5, 2)), Weighting(warmup_steps=4),
+     Weighting(mean_one=True, clip=(0.5, 2), warmup_steps=4)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("step", [0, 3, 4])
+def test_nan_stays_nan(weighting: Weighting, step: int) -> None:
+    """Of the operator with check_finite=False; other groups keep their weights."""
+    given = batch(list(range(8)))
+    options = {"weighting": weighting, "step": step}
+    wanted = distributed.span_weights(**given, **options).weights
+    given["config"] = SpanConfig(span=16, stride=5, check_finite=False)
+    given["hidden"][70, 3] = torch.inf
+    found = distributed.span_weights(**given, **options).weights
+    second = sum(LENGTHS[:4])
+    assert bool(found[:second].isnan().all())
+    assert torch.equal(found[second:], wanted[second:])
+    some = torch.tensor([1.0, torch.nan, 0.0])
+    assert bool(weighting.apply(some, step)[1].isnan())
+
+
+class Alone:
+    """What metrics need of accelerate.Accelerator, for two ranks of which one has 3 tokens more."""
+
+    def pad_across_processes(self, tensor: Tensor, pad_index: float) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((3,), pad_index)])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return torch.cat([torch.arange(6.0), tensor])
+
+
+def test_metrics_leave_out_padding_and_show_nan() -> None:
+    found = distributed.GroupWeights(torch.empty(0), 0, 0, groups=4, mixed_groups=1)
+    logged: dict[str, list[float]] = defaultdict(list)
+    log_weights(Alone(), torch.tensor([0.0, 9.0, 6.0]), found, logged)
+    assert logged["shear/mixed_groups"] == [0.25]
+    assert logged["shear/weight_mean"] == [pytest.approx(30 / 9)]
+    assert (logged["shear/weight_max"], logged["shear/weight_p95"]) == ([9], [9])
+    log_weights(Alone(), torch.tensor([0.0, torch.nan, 6.0]), found, logged)
+    assert math.isnan(logged["shear/weight_mean"][1])
+    assert math.isnan(logged["shear/weight_max"][1])
 
 
 @pytest.mark.parametrize(
