@@ -20,6 +20,7 @@ from trl import GRPOTrainer  # noqa: E402
 import grpo  # noqa: E402
 from grpo import SPANS, build, logged, train  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, attach  # noqa: E402
+from shear_ops.training.round import Watch  # noqa: E402
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
 
@@ -353,6 +354,19 @@ def test_dropout_that_is_no_module(
     rows = call["hidden"].unflatten(0, (-1, 12))[torch.tensor(call["sample_ids"]).argsort()]
     for group in rows.split(4):
         torch.testing.assert_close(group, group[:1].expand_as(group), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["loss", "score"])
+def test_rewards_that_never_cross_the_threshold(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As trl's own example, minus the distance from a length."""
+    monkeypatch.setattr("shear_ops.integrations.trl.watch", Watch())
+    rewards = lambda completions, **_: [-float(len(c.split())) for c in completions]  # noqa: E731
+    trainer = build(ShearGRPOTrainer, mode, rewards=rewards, max_steps=12)
+    with pytest.warns(
+        UserWarning, match=r"were from -\d+ to -\d.*threshold = 0.5 on: none"
+    ) as seen:
+        train(trainer)
+    assert sum("no group had" in str(warning.message) for warning in seen) == 1
 
 
 def test_policy_whose_adapter_is_named_ref(calls: list[dict[str, Any]]) -> None:

@@ -43,7 +43,7 @@ from trl import GRPOTrainer
 from ..ops.api import labels_from_rewards
 from ..training.capture import HiddenCapture, Recording, evaluating
 from ..training.metrics import log_weights
-from ..training.round import Rollouts, lay_back, weigh
+from ..training.round import Rollouts, lay_back, watch, weigh
 from ..training.settings import RewardSettings, refuse
 from .unsloth import UnslothLayout, generated
 
@@ -245,6 +245,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
             Rollouts(samples, [i // group_size for i in samples], batch["shear_labels"].tolist()),
             self.state.global_step,
         )
+        rewards = self._shear_rewards[:, self._shear_correctness]
+        watch.step(rewards, self.shear_config.threshold, found.mixed_groups > 0)
         batch["advantages"] = batch["advantages"][:, None] * lay_back([found.weights], mask)
         metrics = self._metrics["train" if training else "eval"]
         log_weights(self.accelerator, found.weights, found, metrics)
