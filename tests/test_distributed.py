@@ -201,7 +201,9 @@ def fail_at(rank: int, how: str) -> None:
             time.sleep(8)
             return
         elif how == "nan":
-            arguments["hidden"][5, 3] = torch.nan
+            arguments["hidden"][65, 3] = torch.nan
+        elif how == "norm":
+            arguments["hidden"][150] = 1e19
         elif how == "labels":
             arguments["labels"] = [2, 0, 1]
         elif how == "sample_ids":
@@ -216,8 +218,15 @@ def fail_at(rank: int, how: str) -> None:
 
 
 FAILURES = {  # what rank 1 does: the messages of rank 0 and of rank 1
-    "nan": ("rank 1 of the process group could not", "NaN"),
-    "labels": ("rank 1 of the process group could not", "labels"),
+    "nan": (
+        "could not compute token weights: ValueError: hidden must be finite",
+        "hidden must be finite",
+    ),
+    "norm": ("at token 15 of rollout 2 of rank 1 (sample id 2, group 100)",) * 2,
+    "labels": (
+        "rank 1 of the process group could not compute token weights: ValueError: labels must",
+        "labels",
+    ),
     "sample_ids": ("rank 1 of the process group could not", "sample_ids must have 3 entries"),
     "duplicate": ("sample_ids must be unique within a group, got 3 twice", "got 3 twice"),
     "dtype": ("hidden must have one d and one dtype on all ranks", "one dtype"),
@@ -242,6 +251,7 @@ def test_error_of_one_rank_raises_on_all() -> None:
     for seen, wanted in zip((first, second), zip(*FAILURES.values(), strict=True), strict=True):
         assert len(seen) == len(wanted)
         assert all(text in message for text, message in zip(wanted, seen, strict=True)), seen
+        assert seen[0].endswith("larger at token 5 of rollout 1 of rank 1 (sample id 1, group 100)")
     wanted = plain(torch.float32)
     assert torch.equal(torch.cat([after, before]), torch.cat([wanted[i] for i in range(4)]))
 
@@ -388,6 +398,23 @@ def test_weights_are_float32_whatever_the_default(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("place", "token"), [(0, 59), (5, 7), (7, 0)])
+def test_bank_names_what_is_not_finite(place: int, token: int) -> None:
+    """As it was added: in another order than that of the sample ids, in parts."""
+    bank = HiddenBank()
+    order = [7, 2, 0, 3, 5, 1, 4]
+    for part in (order[:3], order[3:6], order[6:]):
+        arguments = batch(part)
+        if place in part:
+            before = sum(LENGTHS[i] for i in part[: part.index(place)])
+            arguments["hidden"][before + token] = -torch.inf
+        del arguments["config"]
+        bank.add(**arguments, sample_ids=[1000 + i for i in part])
+    where = rf"token {token} of rollout {order.index(place)} of rank 0 \(sample id {1000 + place}, group {100 - place // 4}\)$"
+    with pytest.raises(ValueError, match=f"^hidden must be finite .*, got NaN, Inf .* at {where}"):
+        bank.finalize(config=CONFIG)
 
 
 def test_bank_refuses() -> None:

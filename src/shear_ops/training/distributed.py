@@ -91,9 +91,10 @@ def span_weights(
 
     Raises:
         TypeError, ValueError: as shear_ops.span_weights; duplicate sample_ids; arguments that
-            differ between ranks.
-        RuntimeError: on the other ranks if one rank raised, instead of leaving them waiting. A
-            rank that died raises through the process group's time-out.
+            differ between ranks. A state that is not finite is named by group, sample id, rank,
+            rollout of that rank in the order given, and token within it, of those in its mask.
+        RuntimeError: on the other ranks if one rank raised, with what it said, instead of leaving
+            them waiting. A rank that died raises through the process group's time-out.
     """
     link = Link(process_group, hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
 
@@ -135,14 +136,18 @@ def span_weights(
         for group in (g for g in mixed if owners[g] == link.rank):
             members = mixed[group]
             lengths = [r.tokens for r in members]
-            weights = api.span_weights(
-                torch.cat([arrived[r] if r in arrived else states_of(r) for r in members]),
-                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-                group_ids=[group] * len(members),
-                labels=[r.label for r in members],
-                config=config,
-                backend=backend,
-            )
+            whole = torch.cat([arrived[r] if r in arrived else states_of(r) for r in members])
+            try:
+                weights = api.span_weights(
+                    whole,
+                    cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+                    group_ids=[group] * len(members),
+                    labels=[r.label for r in members],
+                    config=config,
+                    backend=backend,
+                )
+            except ValueError as error:
+                raise _in_callers_words(error, whole, members) from None
             parts = torch.split(weighting.apply(weights, step), lengths)
             found.update(zip(members, parts, strict=True))
         return found
@@ -248,6 +253,27 @@ def _mixed(rollouts: list[_Rollout]) -> list[_Rollout]:
     """Those that take part, if there are tokens with both labels; else none."""
     taking = [r for r in rollouts if r.label >= 0 and r.tokens > 0]
     return taking if {r.label for r in taking} == {0, 1} else []
+
+
+def _in_callers_words(error: ValueError, states: Tensor, members: list[_Rollout]) -> ValueError:
+    """Name the rollout, by rank and sample id, where an error is about a token of members' states.
+
+    The operator saw the rollouts of one group in an order that no caller knows.
+    """
+    what, found, _ = str(error).partition(" at token ")
+    if not found:
+        return error
+    bad = ~states.isfinite().all(1)
+    # else the largest, whose norm is too large
+    token = int(bad.nonzero()[0] if bool(bad.any()) else states.double().norm(dim=1).argmax())
+    for rollout in members:
+        if token < rollout.tokens:
+            break
+        token -= rollout.tokens
+    return ValueError(
+        f"{what} at token {token} of rollout {rollout.place} of rank {rollout.rank} "
+        f"(sample id {rollout.sample}, group {rollout.group})"
+    )
 
 
 def _owners(groups: dict[int, list[_Rollout]], ranks: int) -> dict[int, int]:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LONGEST_TEXT = 2000  # of an error, in characters
+
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
@@ -76,7 +78,7 @@ class Link:
         """Run work on every rank; where it raised on one, raise on all of them.
 
         Raises:
-            RuntimeError: on the ranks whose own work succeeded.
+            RuntimeError: on the ranks whose own work succeeded, with what another one said.
         """
         error: Exception | None = None
         try:
@@ -84,14 +86,16 @@ class Link:
         except Exception as raised:
             error = raised
         failed = [r for r, ((flag,),) in enumerate(self.gather([[error is not None]], 1)) if flag]
+        if not failed:
+            return result
+        text = "" if error is None else f"{type(error).__name__}: {error}"[:LONGEST_TEXT]
+        texts = self.gather([[byte] for byte in text.encode()], 1)
         if error is not None:
             raise error
-        if failed:
-            raise RuntimeError(
-                f"rank {failed[0]} of the process group could not compute token weights: "
-                "its own error says why"
-            )
-        return result
+        said = bytes(byte for (byte,) in texts[failed[0]]).decode()
+        raise RuntimeError(
+            f"rank {failed[0]} of the process group could not compute token weights: {said}"
+        )
 
     def exchange(
         self,
