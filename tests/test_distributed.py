@@ -6,8 +6,10 @@ import math
 import os
 import time
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -261,6 +263,70 @@ def test_missing_rank_raises_within_the_timeout(how: str) -> None:
     first, second = ranks.run(2, fail_at, how, timeout=4)
     assert isinstance(first, RuntimeError)
     assert second is None
+
+
+def settings_of(rank: int, equal: bool) -> list[Any]:
+    """(config, weighting, backend) of a rank."""
+    number = (int, float, np.float64)[rank]
+    weighting = Weighting(clip=(number(0), number(3)), warmup_steps=4)
+    config = SpanConfig(span=16, stride=5, reg=number(1), tol=np.float64(5e-3) if rank else 5e-3)
+    if rank < 2 or equal:
+        return [(config, weighting, None)]
+    return [
+        (replace(config, reg=1.0 + 2**-52), weighting, None),
+        (config, replace(weighting, clip=(0, 2)), None),
+        (config, replace(weighting, warmup_steps=3), None),
+        (config, weighting, "cpu"),
+    ]
+
+
+def with_settings(rank: int) -> list[str]:
+    messages = []
+    given = batch([rank]) | {"sample_ids": [rank]}
+    same, other = settings_of(rank, True), settings_of(rank, False)
+    for config, weighting, backend in same + (other * 4 if rank < 2 else other):
+        given |= {"config": config, "weighting": weighting, "backend": backend, "step": 2}
+        try:
+            distributed.span_weights(**given)
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_settings_that_print_differently_are_equal() -> None:
+    for messages in ranks.run(3, with_settings):
+        assert messages[0] == ""
+        assert len(messages) == 5
+        assert all("must be the same on all ranks" in message for message in messages[1:])
+
+
+def finalize_with(rank: int) -> list[str]:
+    messages = []
+    for mixed in (
+        ([1, 2], {2, 1}),
+        ([], frozenset()),
+        (None, None),
+        ({1, 2}, {2}),
+        ({1}, None),
+        (None, {}),
+    ):
+        try:
+            HiddenBank(mixed_groups=mixed[rank]).finalize()
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_mixed_groups_that_differ_between_ranks() -> None:
+    """Whatever the bank has: here nothing."""
+    first, second = ranks.run(2, finalize_with)
+    assert first[:3] == second[:3] == ["", "", ""]
+    wanted = "mixed_groups must be the same on all ranks"
+    assert all(message.startswith(wanted) for message in first[3:] + second[3:])
+    assert first[3].endswith("on some rank: [1, 2]")
+    assert second[4].endswith("on some rank: None")
 
 
 def outside(rank: int) -> str:

@@ -207,7 +207,7 @@ class Recording:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be a (B, C) tensor, got {seen}")
-        self.hidden = torch.empty(0, 1)
+        self.hidden = torch.empty(0, 1, dtype=torch.float32, device="cpu")
         self.drew = False
         self._mask, self._shift = mask_as_bool(mask), shift
         self._parts: list[Tensor] = []

@@ -9,9 +9,11 @@ is the same bit for bit.
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,7 +81,8 @@ def span_weights(
 
     Args:
         hidden, cu_seqlens, mask, labels, config, backend: as in shear_ops.span_weights, of this
-            rank's rollouts. A rank without rollouts may pass hidden (0, 1) of any dtype.
+            rank's rollouts. A rank without rollouts may pass hidden (0, 1) of any dtype, also
+            float64.
         group_ids: (B,) integers, equal on all ranks for rollouts of one prompt.
         sample_ids: (B,) integers, unique within a group over all ranks: a group is computed in
             their order. Default: the position in the batch, all ranks' rollouts one after another.
@@ -101,7 +104,11 @@ def span_weights(
     def check() -> tuple[Batch, list[int] | None]:
         check_config(config)
         batch = Batch.of(
-            hidden, cu_seqlens=cu_seqlens, mask=mask, group_ids=group_ids, labels=labels
+            without_float64_if_empty(hidden),
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            group_ids=group_ids,
+            labels=labels,
         )
         backends.choose(backend, hidden.device, config.distance)
         batch.check_values()
@@ -114,8 +121,8 @@ def span_weights(
 
     batch, ids = link.agree(check)
     rows, states, offsets = batch.rows(), batch.hidden.detach(), batch.cu_seqlens.tolist()
-    settings = repr((config, weighting, step, backend, ids is None))
-    dim, dtype, before = _same_everywhere(link, states, len(rows), settings)
+    settings = (config, weighting, step, backend, ids is None)
+    dim, dtype, before = _forms(link, states, len(rows), settings)
     groups = _groups(link, rows, range(before, before + len(rows)) if ids is None else ids)
     mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
     owners = _owners(mixed, link.size)
@@ -140,7 +147,7 @@ def span_weights(
             try:
                 weights = api.span_weights(
                     whole,
-                    cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+                    cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
                     group_ids=[group] * len(members),
                     labels=[r.label for r in members],
                     config=config,
@@ -204,15 +211,52 @@ def mixed_groups(
     return {group for group, label in seen if label == 1 and (group, 0) in seen}
 
 
-def _same_everywhere(
-    link: Link, states: Tensor, rollouts: int, settings: str
+def check_same_mixed_groups(
+    groups: Collection[int] | None, process_group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Raise ValueError unless all ranks know the same groups to have both labels. Collective."""
+    own = None if groups is None else sorted(groups)
+    codes = Link(process_group, device).gather([[_hash(own)]], 1)
+    if len({code for ((code,),) in codes}) > 1:
+        raise ValueError(
+            "mixed_groups must be the same on all ranks, as distributed.mixed_groups returns them, "
+            f"got others than these on some rank: {own}"
+        )
+
+
+def without_float64_if_empty(hidden: Tensor) -> Tensor:
+    """States, or if there are none in torch's default dtype, whatever that is, none in float32."""
+    if isinstance(hidden, Tensor) and hidden.dtype == torch.float64 and hidden.numel() == 0:
+        return hidden.float()
+    return hidden
+
+
+def _hash(value: Any) -> int:
+    return zlib.crc32(json.dumps(_plain(value)).encode())
+
+
+def _plain(value: Any) -> Any:
+    """A value whose text is that of every equal one: 1 and 1.0, numbers of numpy."""
+    if isinstance(value, (SpanConfig, Weighting)):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return int(value) if value == value // 1 else float(value)
+    return value
+
+
+def _forms(
+    link: Link, states: Tensor, rollouts: int, settings: tuple[Any, ...]
 ) -> tuple[int, torch.dtype, int]:
     """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
     own = _Form(
         rollouts=rollouts,
         dim=states.shape[1],
         dtype=STATE_DTYPES.index(states.dtype),
-        settings=zlib.crc32(settings.encode()),
+        settings=_hash(settings),
     )
     ranks = [_Form(*row) for (row,) in link.gather([own], len(own))]
     if len({form.settings for form in ranks}) > 1:

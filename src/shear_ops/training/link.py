@@ -58,13 +58,13 @@ class Link:
         """Return every rank's rows of int64 columns, rank by rank; ranks may have any number."""
         if self.size == 1:
             return [[list(row) for row in rows]]
-        counts = self._gather(torch.tensor([len(rows)]))
+        counts = self._gather(torch.tensor([len(rows)], device="cpu"))
         lengths = [int(count) for count in counts]
         if max(lengths) == 0:
             return [[] for _ in lengths]
-        padded = torch.zeros(max(lengths), columns, dtype=torch.int64)
+        padded = torch.zeros(max(lengths), columns, dtype=torch.int64, device="cpu")
         if rows:
-            padded[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
+            padded[: len(rows)] = torch.tensor(rows, dtype=torch.int64, device="cpu")
         parts = self._gather(padded)
         return [part[:n].tolist() for part, n in zip(parts, lengths, strict=True)]
 

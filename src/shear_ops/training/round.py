@@ -225,7 +225,7 @@ def lay_back(weights: Iterable[Tensor], mask: Tensor) -> Tensor:
 
 
 def _offsets(lengths: Sequence[int] | Tensor) -> Tensor:
-    counts = torch.as_tensor(lengths, dtype=torch.int64)
+    counts = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
