@@ -329,6 +329,30 @@ def test_mixed_groups_that_differ_between_ranks() -> None:
     assert second[4].endswith("on some rank: None")
 
 
+def empty_in_float64(rank: int) -> tuple[Tensor, Tensor]:
+    """Rank 1 has no rollouts, and another default dtype."""
+    given = batch(list(range(4)), torch.bfloat16)
+    bank = HiddenBank()
+    if rank:
+        torch.set_default_dtype(torch.float64)
+        given = batch([]) | {"hidden": torch.empty(0, 1)}
+        assert given["hidden"].dtype == torch.float64
+    alone = distributed.span_weights(**given).weights
+    del given["config"]
+    bank.add(**given, sample_ids=range(len(given["labels"])))
+    banked = bank.finalize(config=CONFIG).weights.values()
+    return alone, torch.cat([alone[:0], *banked])
+
+
+def test_empty_rank_in_another_default_dtype() -> None:
+    (first, banked), (second, nothing) = ranks.run(2, empty_in_float64)
+    wanted = span_weights(**batch(list(range(4)), torch.bfloat16))
+    assert torch.equal(first, wanted)
+    assert torch.equal(banked, wanted)
+    assert second.shape == nothing.shape == (0,)
+    assert second.dtype == nothing.dtype == torch.float32
+
+
 def outside(rank: int) -> str:
     group = dist.new_group([0])
     if rank == 0:
