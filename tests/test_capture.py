@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -211,6 +212,213 @@ def test_reference_passes_are_not_recorded() -> None:
     assert torch.equal(recording.hidden, policy)
 
 
+@needs_transformers
+def test_an_adapter_named_ref_may_be_the_policy() -> None:
+    """The one that is active when the capture is made."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny.model(), config, adapter_name="ref")
+    capture = HiddenCapture(model)
+    assert not capture.reference_pass
+    with torch.no_grad(), capture.recording(KEEP) as recording:
+        model(IDS)
+        with model.disable_adapter():
+            assert capture.reference_pass
+            model(IDS)
+    assert torch.equal(recording.hidden, wanted_states(model))
+
+
+EQUAL = torch.arange(3, 12).repeat(3, 1)
+DROPOUTS = {
+    "Llama attention": ("Llama", {"attention_dropout": 0.5}, {}),
+    "Qwen2 attention": ("Qwen2", {"attention_dropout": 0.5}, {}),
+    "Phi modules": ("Phi", {"resid_pdrop": 0.5}, {}),
+    "LoRA": ("Llama", {}, {"lora_dropout": 0.5}),
+}
+
+
+def dropping_out(kind: str) -> Any:
+    name, config, lora = DROPOUTS[kind]
+    model = tiny.model(name, **config)
+    if lora:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        made = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **lora)
+        model = peft.get_peft_model(model, made)
+    return model.train()
+
+
+def counted(model: Any, calls: list[bool]) -> Any:
+    def forward() -> Any:
+        calls.append(torch.is_grad_enabled())
+        return model(EQUAL)
+
+    return forward
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_record_makes_states_of_equal_tokens_equal(kind: str) -> None:
+    """Whatever drops out; the first forward is the trainer's, with its gradients."""
+    model = dropping_out(kind)
+    capture = HiddenCapture(model)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    named = next(iter(DROPOUTS[kind][1] | DROPOUTS[kind][2]))
+    calls: list[bool] = []
+    torch.manual_seed(5)
+    drawn = model(EQUAL).logits
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match=rf"{named} = 0.5.*one more forward, in evaluation mode"):
+        output, recording = capture.record(mask, counted(model, calls))
+    assert torch.equal(output.logits, drawn)
+    output.logits.sum().backward()
+    assert calls == [True, False]
+    assert all(module.training for module in model.modules())
+    first, *others = recording.hidden.chunk(3)
+    assert all(torch.equal(first, other) for other in others)
+    model.eval()
+    with torch.no_grad():
+        wanted = model(EQUAL, output_hidden_states=True).hidden_states[-1][:, -4:]
+    assert torch.equal(recording.hidden, wanted.flatten(0, 1))
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        capture.record(mask, counted(model, calls))
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["none", "zero", "evaluation"])
+def test_record_without_dropout_is_one_forward(kind: str) -> None:
+    """The way out that the warning names works."""
+    model = tiny.model("Llama", **({"attention_dropout": 0.0} if kind == "zero" else {})).train()
+    if kind == "evaluation":
+        model = dropping_out("Llama attention").eval()
+    calls: list[bool] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, recording = HiddenCapture(model).record(KEEP, counted(model, calls))
+        with HiddenCapture(model).recording(KEEP):
+            model(IDS)
+    assert calls == [True]
+    assert recording.hidden.shape == (8, 16)
+
+
+def test_recording_says_that_random_numbers_were_drawn() -> None:
+    class Noisy(Plain):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(tokens.float(), 0.5, self.training))
+
+    model = Noisy()
+    capture = HiddenCapture(model, backbone=model.body)
+    with (
+        pytest.warns(UserWarning, match=r"draw random numbers: hidden states of equal tokens"),
+        capture.recording(MASK),
+    ):
+        model(TOKENS)
+
+
+def heads_below(kind: str) -> tuple[Any, Any]:
+    """A language model whose base_model is itself, and the module whose output is wanted."""
+    import transformers
+
+    if kind == "Llama4":
+        model = transformers.Llama4ForCausalLM(
+            transformers.Llama4TextConfig(
+                vocab_size=40, hidden_size=16, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+                pad_token_id=0, eos_token_id=1, bos_token_id=None,
+            )
+        )  # fmt: skip
+        return model, model.model
+
+    class Renamed(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        base_model_prefix = "language_model"  # as Gemma3ForCausalLM of transformers 4
+
+    language = Renamed(tiny.model("Llama").config)
+    if kind == "renamed":
+        return language, language.model
+
+    class Outer(transformers.PreTrainedModel):  # type: ignore[misc]
+        """As MllamaForConditionalGeneration of transformers 4."""
+
+        config_class = transformers.LlamaConfig
+        base_model_prefix = "nothing"
+        _supports_sdpa = True
+
+        def __init__(self) -> None:
+            super().__init__(language.config)
+            self.vision_tower = nn.Linear(2, 2)
+            self.language_model = language
+
+        def get_input_embeddings(self) -> Any:
+            return self.language_model.get_input_embeddings()
+
+        def get_output_embeddings(self) -> Any:
+            return self.language_model.get_output_embeddings()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.language_model(*args, **kwargs)
+
+    return Outer(), language.model
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["Llama4", "renamed", "outer"])
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_backbone_below_the_head(kind: str, return_dict: bool, given: bool) -> None:
+    """Never logits, also where the language model itself is named as the backbone."""
+    model, backbone = heads_below(kind)
+    assert model.base_model is model
+    capture = HiddenCapture(model, backbone=model if given else None)
+    assert capture.backbone is backbone
+    with torch.no_grad(), capture.recording(KEEP) as recording:
+        model(IDS, return_dict=return_dict)
+    assert torch.equal(recording.hidden, wanted_states(model))
+
+
+@needs_transformers
+def test_logits_are_refused() -> None:
+    model = tiny.model()
+    capture = HiddenCapture(model, backbone=model.lm_head)
+    wanted = r"hidden states of 16 dimensions.*give backbone="
+    with pytest.raises(ValueError, match=wanted), capture.recording(KEEP):
+        model(IDS)
+    model = nn.Sequential(tiny.model())  # its output has no last_hidden_state
+    capture = HiddenCapture(model, backbone=model)
+    wanted = "CausalLMOutputWithPast: give backbone="
+    with pytest.raises(TypeError, match=wanted), capture.recording(KEEP):
+        model(IDS)
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+            self.base_model = self
+            self.get_input_embeddings = lambda: self.embed
+            self.get_output_embeddings = lambda: self.head
+
+    with pytest.raises(ValueError, match="a module below its LM head, got Flat: give backbone="):
+        HiddenCapture(Flat())
+
+
+@needs_transformers
+def test_width_of_a_model_that_projects_its_states() -> None:
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=40, hidden_size=16, word_embed_proj_dim=8, ffn_dim=16, num_hidden_layers=1,
+        num_attention_heads=2, do_layer_norm_before=False,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    with torch.no_grad(), HiddenCapture(model.model.decoder).recording(KEEP) as recording:
+        model(IDS)
+    assert recording.hidden.shape == (8, 8)
+    # OPT's head takes the decoder's output past base_model
+    wanted = r"processed 0 rows.*give backbone="
+    with pytest.raises(RuntimeError, match=wanted), HiddenCapture(model).recording(KEEP):
+        model(IDS)
+
+
 def fully_sharded(rank: int) -> tuple[Tensor, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -238,8 +446,36 @@ def data_parallel(rank: int) -> tuple[Tensor, Tensor]:
     return wanted_states(model.module), recording.hidden
 
 
+def dropping_out_data_parallel(rank: int, sharded: bool = False) -> tuple[Tensor, Tensor]:
+    """The second forward comes between the first and its backward."""
+    model = tiny.model("Llama", attention_dropout=0.5)
+    wanted = wanted_states(model.eval())
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    capture = HiddenCapture(model.train())
+    for _ in range(2):
+        output, recording = capture.record(KEEP, lambda: model(IDS))
+        output[0].sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    return wanted, recording.hidden
+
+
+def dropping_out_sharded(rank: int) -> tuple[Tensor, Tensor]:
+    return dropping_out_data_parallel(rank, sharded=True)
+
+
 @needs_transformers
-@pytest.mark.parametrize("wrapped", [fully_sharded, data_parallel])
+@pytest.mark.parametrize(
+    "wrapped",
+    [fully_sharded, data_parallel, dropping_out_data_parallel, dropping_out_sharded],
+)
 def test_under_data_parallelism(wrapped: Any) -> None:
     for wanted, hidden in ranks.run(2, wrapped):
         torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-6)

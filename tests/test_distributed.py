@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +18,7 @@ from torch import Tensor
 import ranks
 from problems import Text
 from shear_ops import HiddenBank, SpanConfig, Weighting, distributed, span_weights
+from shear_ops.training.metrics import log_weights
 
 CONFIG = SpanConfig(span=16, stride=5)
 GROUPS = 5
@@ -198,7 +203,9 @@ def fail_at(rank: int, how: str) -> None:
             time.sleep(8)
             return
         elif how == "nan":
-            arguments["hidden"][5, 3] = torch.nan
+            arguments["hidden"][65, 3] = torch.nan
+        elif how == "norm":
+            arguments["hidden"][150] = 1e19
         elif how == "labels":
             arguments["labels"] = [2, 0, 1]
         elif how == "sample_ids":
@@ -213,8 +220,15 @@ def fail_at(rank: int, how: str) -> None:
 
 
 FAILURES = {  # what rank 1 does: the messages of rank 0 and of rank 1
-    "nan": ("rank 1 of the process group could not", "NaN"),
-    "labels": ("rank 1 of the process group could not", "labels"),
+    "nan": (
+        "could not compute token weights: ValueError: hidden must be finite",
+        "hidden must be finite",
+    ),
+    "norm": ("at token 15 of rollout 2 of rank 1 (sample id 2, group 100)",) * 2,
+    "labels": (
+        "rank 1 of the process group could not compute token weights: ValueError: labels must",
+        "labels",
+    ),
     "sample_ids": ("rank 1 of the process group could not", "sample_ids must have 3 entries"),
     "duplicate": ("sample_ids must be unique within a group, got 3 twice", "got 3 twice"),
     "dtype": ("hidden must have one d and one dtype on all ranks", "one dtype"),
@@ -239,6 +253,7 @@ def test_error_of_one_rank_raises_on_all() -> None:
     for seen, wanted in zip((first, second), zip(*FAILURES.values(), strict=True), strict=True):
         assert len(seen) == len(wanted)
         assert all(text in message for text, message in zip(wanted, seen, strict=True)), seen
+        assert seen[0].endswith("larger at token 5 of rollout 1 of rank 1 (sample id 1, group 100)")
     wanted = plain(torch.float32)
     assert torch.equal(torch.cat([after, before]), torch.cat([wanted[i] for i in range(4)]))
 
@@ -248,6 +263,94 @@ def test_missing_rank_raises_within_the_timeout(how: str) -> None:
     first, second = ranks.run(2, fail_at, how, timeout=4)
     assert isinstance(first, RuntimeError)
     assert second is None
+
+
+def settings_of(rank: int, equal: bool) -> list[Any]:
+    """(config, weighting, backend) of a rank."""
+    number = (int, float, np.float64)[rank]
+    weighting = Weighting(clip=(number(0), number(3)), warmup_steps=4)
+    config = SpanConfig(span=16, stride=5, reg=number(1), tol=np.float64(5e-3) if rank else 5e-3)
+    if rank < 2 or equal:
+        return [(config, weighting, None)]
+    return [
+        (replace(config, reg=1.0 + 2**-52), weighting, None),
+        (config, replace(weighting, clip=(0, 2)), None),
+        (config, replace(weighting, warmup_steps=3), None),
+        (config, weighting, "cpu"),
+    ]
+
+
+def with_settings(rank: int) -> list[str]:
+    messages = []
+    given = batch([rank]) | {"sample_ids": [rank]}
+    same, other = settings_of(rank, True), settings_of(rank, False)
+    for config, weighting, backend in same + (other * 4 if rank < 2 else other):
+        given |= {"config": config, "weighting": weighting, "backend": backend, "step": 2}
+        try:
+            distributed.span_weights(**given)
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_settings_that_print_differently_are_equal() -> None:
+    for messages in ranks.run(3, with_settings):
+        assert messages[0] == ""
+        assert len(messages) == 5
+        assert all("must be the same on all ranks" in message for message in messages[1:])
+
+
+def finalize_with(rank: int) -> list[str]:
+    messages = []
+    for mixed in (
+        ([1, 2], {2, 1}),
+        ([], frozenset()),
+        (None, None),
+        ({1, 2}, {2}),
+        ({1}, None),
+        (None, {}),
+    ):
+        try:
+            HiddenBank(mixed_groups=mixed[rank]).finalize()
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_mixed_groups_that_differ_between_ranks() -> None:
+    """Whatever the bank has: here nothing."""
+    first, second = ranks.run(2, finalize_with)
+    assert first[:3] == second[:3] == ["", "", ""]
+    wanted = "mixed_groups must be the same on all ranks"
+    assert all(message.startswith(wanted) for message in first[3:] + second[3:])
+    assert first[3].endswith("on some rank: [1, 2]")
+    assert second[4].endswith("on some rank: None")
+
+
+def empty_in_float64(rank: int) -> tuple[Tensor, Tensor]:
+    """Rank 1 has no rollouts, and another default dtype."""
+    given = batch(list(range(4)), torch.bfloat16)
+    bank = HiddenBank()
+    if rank:
+        torch.set_default_dtype(torch.float64)
+        given = batch([]) | {"hidden": torch.empty(0, 1)}
+        assert given["hidden"].dtype == torch.float64
+    alone = distributed.span_weights(**given).weights
+    del given["config"]
+    bank.add(**given, sample_ids=range(len(given["labels"])))
+    banked = bank.finalize(config=CONFIG).weights.values()
+    return alone, torch.cat([alone[:0], *banked])
+
+
+def test_empty_rank_in_another_default_dtype() -> None:
+    (first, banked), (second, nothing) = ranks.run(2, empty_in_float64)
+    wanted = span_weights(**batch(list(range(4)), torch.bfloat16))
+    assert torch.equal(first, wanted)
+    assert torch.equal(banked, wanted)
+    assert second.shape == nothing.shape == (0,)
+    assert second.dtype == nothing.dtype == torch.float32
 
 
 def outside(rank: int) -> str:
@@ -294,6 +397,51 @@ def test_mean_one_of_identical_rollouts() -> None:
         hidden, **arguments, labels=[1, 0], config=CONFIG, weighting=Weighting(mean_one=True)
     )
     assert bool(found.weights.isfinite().all())
+    assert torch.equal(Weighting(mean_one=True).apply(torch.zeros(3), 0), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [Weighting(mean_one=True), Weighting(clip=(0.5, 2)), Weighting(warmup_steps=4),
+     Weighting(mean_one=True, clip=(0.5, 2), warmup_steps=4)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("step", [0, 3, 4])
+def test_nan_stays_nan(weighting: Weighting, step: int) -> None:
+    """Of the operator with check_finite=False; other groups keep their weights."""
+    given = batch(list(range(8)))
+    options = {"weighting": weighting, "step": step}
+    wanted = distributed.span_weights(**given, **options).weights
+    given["config"] = SpanConfig(span=16, stride=5, check_finite=False)
+    given["hidden"][70, 3] = torch.inf
+    found = distributed.span_weights(**given, **options).weights
+    second = sum(LENGTHS[:4])
+    assert bool(found[:second].isnan().all())
+    assert torch.equal(found[second:], wanted[second:])
+    some = torch.tensor([1.0, torch.nan, 0.0])
+    assert bool(weighting.apply(some, step)[1].isnan())
+
+
+class Alone:
+    """What metrics need of accelerate.Accelerator, for two ranks of which one has 3 tokens more."""
+
+    def pad_across_processes(self, tensor: Tensor, pad_index: float) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((3,), pad_index)])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return torch.cat([torch.arange(6.0), tensor])
+
+
+def test_metrics_leave_out_padding_and_show_nan() -> None:
+    found = distributed.GroupWeights(torch.empty(0), 0, 0, groups=4, mixed_groups=1)
+    logged: dict[str, list[float]] = defaultdict(list)
+    log_weights(Alone(), torch.tensor([0.0, 9.0, 6.0]), found, logged)
+    assert logged["shear/mixed_groups"] == [0.25]
+    assert logged["shear/weight_mean"] == [pytest.approx(30 / 9)]
+    assert (logged["shear/weight_max"], logged["shear/weight_p95"]) == ([9], [9])
+    log_weights(Alone(), torch.tensor([0.0, torch.nan, 6.0]), found, logged)
+    assert math.isnan(logged["shear/weight_mean"][1])
+    assert math.isnan(logged["shear/weight_max"][1])
 
 
 @pytest.mark.parametrize(
@@ -340,6 +488,23 @@ def test_weights_are_float32_whatever_the_default(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("place", "token"), [(0, 59), (5, 7), (7, 0)])
+def test_bank_names_what_is_not_finite(place: int, token: int) -> None:
+    """As it was added: in another order than that of the sample ids, in parts."""
+    bank = HiddenBank()
+    order = [7, 2, 0, 3, 5, 1, 4]
+    for part in (order[:3], order[3:6], order[6:]):
+        arguments = batch(part)
+        if place in part:
+            before = sum(LENGTHS[i] for i in part[: part.index(place)])
+            arguments["hidden"][before + token] = -torch.inf
+        del arguments["config"]
+        bank.add(**arguments, sample_ids=[1000 + i for i in part])
+    where = rf"token {token} of rollout {order.index(place)} of rank 0 \(sample id {1000 + place}, group {100 - place // 4}\)$"
+    with pytest.raises(ValueError, match=f"^hidden must be finite .*, got NaN, Inf .* at {where}"):
+        bank.finalize(config=CONFIG)
 
 
 def test_bank_refuses() -> None:

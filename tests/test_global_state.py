@@ -12,8 +12,10 @@ from torch import Tensor
 
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments, padded
-from shear_ops import SpanConfig
+from shear_ops import HiddenBank, HiddenCapture, SpanConfig, Weighting
 from shear_ops.ops import backends
+from shear_ops.training.round import Rollouts, Round, lay_back, weigh
+from shear_ops.training.settings import Settings
 
 CONFIGURED = SpanConfig(**CONFIG)
 PACKED = arguments()
@@ -27,6 +29,42 @@ EMPTY: dict[str, Any] = {
     "group_ids": [],
     "labels": [],
 }
+
+
+def add_and_finalize(*parts: dict[str, Any]) -> Any:
+    bank = HiddenBank()
+    sample = 0
+    for part in parts:
+        count = len(part["labels"])
+        bank.add(**part, sample_ids=range(sample, sample + count))
+        sample += count
+    return bank.finalize(config=CONFIGURED, weighting=WEIGHTING, step=1)
+
+
+def rounds(rewards: Tensor, lengths: list[int]) -> Any:
+    places = range(len(rewards))
+    rollouts = Rollouts.scored(rewards, 0.5, sample_ids=places, group_ids=[3 for _ in places])
+    hidden, settings = PACKED["hidden"][: sum(lengths)], Settings(spans=CONFIGURED)
+    if not lengths:
+        hidden = torch.empty(0, 1, device="cpu")  # of the default dtype
+    made = Round(settings)
+    made.add(hidden, lengths, rollouts)
+    found = weigh(settings, hidden, lengths, rollouts, 0)
+    laid = lay_back([found.weights], torch.ones_like(hidden[:, 0], dtype=torch.int8))
+    return tuple(made.finish(0).weights.values()), tuple(found), laid
+
+
+def recorded(rows: int) -> Any:
+    mask = torch.ones_like(POINTS[:rows, :3, 0], dtype=torch.int8)
+    with HiddenCapture(BODY, backbone=BODY).recording(mask) as recording:
+        if rows:
+            BODY(POINTS)
+    return recording.hidden, recording.cu_seqlens
+
+
+BODY = torch.nn.Identity()
+WEIGHTING = Weighting(mean_one=True, clip=(0.1, 3.0), warmup_steps=2)
+FLOAT64 = {**EMPTY, "hidden": torch.zeros(0, 1, dtype=torch.float64)}
 BACKENDS = ("cpu", "reference", *(["triton"] if backends.interpreted() else []))
 
 
@@ -94,6 +132,18 @@ CALLS: dict[str, Callable[[str], Any]] = {
         x=POINTS, y=POINTS * 2, reg=0.1, backend=b),
     "float64": lambda b: shear_ops.reference.sinkhorn(COST.double(), 0.1),
     "labels": lambda b: shear_ops.labels_from_rewards(REWARDS),
+    "distributed": lambda b: shear_ops.distributed.span_weights(
+        **PADDED, config=CONFIGURED, weighting=WEIGHTING, step=1, backend=b),
+    "no rollouts": lambda b: shear_ops.distributed.span_weights(**EMPTY, backend=b),
+    "no rollouts in float64": lambda b: shear_ops.distributed.span_weights(**FLOAT64, backend=b),
+    "mixed": lambda b: shear_ops.distributed.mixed_groups([1, 1, 2], [0, 1, 1]),
+    "bank": lambda b: add_and_finalize(EMPTY, PADDED, FLOAT64, PACKED),
+    "empty bank": lambda b: add_and_finalize(),
+    "bank of nothing": lambda b: add_and_finalize(FLOAT64),
+    "round": lambda b: rounds(REWARDS, PACKED["cu_seqlens"][:3].diff().tolist()),
+    "empty round": lambda b: rounds(REWARDS[:0], []),
+    "recording": lambda b: recorded(2),
+    "empty recording": lambda b: recorded(0),
     "ids": lambda b: shear_ops.group_ids_from_uids(["a", "b", "a"]),
     "plan": lambda b: shear_ops.plan(
         LISTS["cu_seqlens"], group_ids=LISTS["group_ids"], labels=LISTS["labels"], dim=9, threads=2),
@@ -108,6 +158,8 @@ def same(seen: Any, wanted: Any) -> bool:
             and seen.device == wanted.device
             and torch.equal(seen, wanted)
         )
+    if isinstance(wanted, dict):
+        return list(seen) == list(wanted) and all(same(seen[key], wanted[key]) for key in wanted)
     if isinstance(wanted, tuple):
         return len(seen) == len(wanted) and all(map(same, seen, wanted))
     return seen == wanted

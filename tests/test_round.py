@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 import ranks
 from problems import Text
 from shear_ops import SpanConfig, Weighting, distributed, span_weights
+from shear_ops.training import round as round_module
 from shear_ops.training.round import Rollouts, Round, lay_back, weigh
 from shear_ops.training.settings import Settings
 
@@ -163,7 +166,47 @@ def test_process_group_reaches_every_collective(
     made = Round(SETTINGS)
     made.add(torch.cat(states()[:2]), LENGTHS[:2], rollouts)
     made.finish(0, one_rank)
-    assert seen == [one_rank, one_rank]
+    assert seen == [one_rank] * 3
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_module, "watch", round_module.Watch())
+
+
+def score(*rewards: float, steps: int = 1) -> list[str]:
+    """Warnings of some steps with groups of two."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            places = range(len(rewards))
+            given = torch.tensor(rewards)
+            Rollouts.scored(given, 0.5, sample_ids=places, group_ids=[i // 2 for i in places])
+    return [str(warning.message) for warning in seen]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [((-3.0, -0.25, NAN, 0.125), "from -3 to 0.125, and a .* threshold = 0.5 on: none was: set threshold between"),
+     ((1.0, 2.0), "from 1 to 2, and .*: all were: set threshold"),
+     ((1.0, 1.0, 0.0, NAN), "from 0 to 1, and .*: within each group all were, or none"),
+     ((NAN, NAN), "never a number, and .*: none was scored")],
+)  # fmt: skip
+def test_warns_once_without_a_mixed_group(
+    rewards: tuple[float, ...], message: str, watched: None
+) -> None:
+    assert score(*rewards, steps=9) == []
+    assert score(steps=20) == []  # of no rollouts
+    (warning,) = score(*rewards, steps=50)
+    assert "no group had correct and incorrect rollouts in the first 10 steps" in warning
+    assert re.search(message, warning)
+    assert score(*rewards, steps=50) == []
+
+
+def test_does_not_warn_after_a_mixed_group(watched: None) -> None:
+    assert score(0.0, 0.0, steps=9) == []
+    assert score(0.0, 1.0) == []
+    assert score(0.0, 0.0, steps=50) == []
 
 
 def test_at() -> None:

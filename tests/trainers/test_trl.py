@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl import GRPOTrainer  # noqa: E402
 import grpo  # noqa: E402
 from grpo import SPANS, build, logged, train  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, attach  # noqa: E402
+from shear_ops.training.round import Watch  # noqa: E402
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
 
@@ -314,8 +316,7 @@ def test_no_dropout_in_the_forward_for_shear(calls: list[dict[str, Any]]) -> Non
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
-    with pytest.warns(UserWarning, match=r"dropout of 0.5.*disable_dropout=True"):
-        trainer = build(ShearGRPOTrainer, "score", model=model, peft=lora)
+    trainer = build(ShearGRPOTrainer, "score", model=model, peft=lora)
     capture = HiddenCapture(trainer.model)
     ids = torch.arange(3, 9).repeat(2, 1)
     batch = {"prompt_ids": ids[:, :2], "completion_ids": ids[:, 2:]}
@@ -326,6 +327,67 @@ def test_no_dropout_in_the_forward_for_shear(calls: list[dict[str, Any]]) -> Non
     first, second = recording.hidden.chunk(2)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
     assert all(module.training for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("mode", ["loss", "score"])
+@pytest.mark.parametrize("config", [{}, {"disable_dropout": True}, {"num_iterations": 2}], ids=str)
+def test_dropout_that_is_no_module(
+    mode: str, config: dict[str, Any], calls: list[dict[str, Any]]
+) -> None:
+    """Rollouts without a difference have weights near 0, whoever makes the forward."""
+    if mode == "loss" and "num_iterations" in config:
+        pytest.skip("loss mode needs one iteration")
+    trainer = build(
+        ShearGRPOTrainer, mode, model=tiny.model("Llama", attention_dropout=0.5),
+        rewards=lambda completions, **_: [float(i % 2) for i in range(len(completions))], max_steps=1, **config,
+    )  # fmt: skip
+    trainer.model.generate = lambda input_ids, **_: torch.cat(
+        [input_ids, torch.arange(3, 15).repeat(len(input_ids), 1)], 1
+    )
+    extra = mode == "loss" or "num_iterations" in config  # else the extra forward is SHEAR's own
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        train(trainer)
+    assert sum("attention_dropout = 0.5" in str(warning.message) for warning in seen) == extra
+    (call,) = calls
+    assert set(call["labels"]) == {0, 1}
+    rows = call["hidden"].unflatten(0, (-1, 12))[torch.tensor(call["sample_ids"]).argsort()]
+    for group in rows.split(4):
+        torch.testing.assert_close(group, group[:1].expand_as(group), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["loss", "score"])
+def test_rewards_that_never_cross_the_threshold(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As trl's own example, minus the distance from a length."""
+    monkeypatch.setattr("shear_ops.integrations.trl.watch", Watch())
+    rewards = lambda completions, **_: [-float(len(c.split())) for c in completions]  # noqa: E731
+    trainer = build(ShearGRPOTrainer, mode, rewards=rewards, max_steps=12)
+    with pytest.warns(
+        UserWarning, match=r"were from -\d+ to -\d.*threshold = 0.5 on: none"
+    ) as seen:
+        train(trainer)
+    assert sum("no group had" in str(warning.message) for warning in seen) == 1
+
+
+def test_policy_whose_adapter_is_named_ref(calls: list[dict[str, Any]]) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for mode in ("loss", "score"):
+        calls.clear()
+        model = peft.get_peft_model(tiny.model(), lora(), adapter_name="ref")
+        train(build(ShearGRPOTrainer, mode, model=model))
+        assert any(bool((call["weights"] != 1).any()) for call in calls)
+
+
+def test_disabled_adapters_are_named() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for mode in ("loss", "score"):
+        model = peft.get_peft_model(tiny.model(), lora())
+        trainer = build(ShearGRPOTrainer, mode, model=model)
+        with (
+            pytest.raises(RuntimeError, match=r"without a forward.*is disabled"),
+            model.disable_adapter(),
+        ):
+            train(trainer)
 
 
 def test_loss_without_a_forward_of_the_policy() -> None:

@@ -226,7 +226,7 @@ def _rewards(data: dict[str, Any]) -> Tensor:
         if reward is not None and not isinstance(reward, Real):
             raise TypeError(f"raw_reward must be a number (see --reward-key), got {reward!r}")
     values = [float("nan") if reward is None else float(reward) for reward in rewards]
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _groups(args: Any, data: dict[str, Any]) -> list[int]:

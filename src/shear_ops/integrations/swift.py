@@ -109,8 +109,9 @@ class ShearMixin(_Base):  # type: ignore[misc]
             return compute(model, model_inputs, grpo_batch, *args, **kwargs)
         mask = grpo_batch.completion_mask
         wanted = _flattened(grpo_batch) if self.template.padding_free else mask
-        with capture.recording(wanted) as recording:
-            result = compute(model, model_inputs, grpo_batch, *args, **kwargs)
+        result, recording = capture.record(
+            wanted, lambda: compute(model, model_inputs, grpo_batch, *args, **kwargs)
+        )
         rollouts = self._shear_rollouts.at(range(len(made), len(made) + len(mask)))
         made.add(recording.hidden, mask.sum(1), rollouts)
         return result

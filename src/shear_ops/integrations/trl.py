@@ -9,6 +9,9 @@ trainer does anyway, where there is one:
   optimisation are not aligned, or with vLLM; else one extra forward without gradients per
   generation batch.
 
+Where that forward draws random numbers, as dropout does in any form, states of equal tokens would
+differ: they come from one more forward, in evaluation mode, and a warning says so.
+
 Groups may lie on several ranks: states are regrouped over the whole world (shear_ops.distributed).
 
 With Unsloth, which replaces trl's trainer, see shear_ops.integrations.unsloth.
@@ -28,20 +31,19 @@ a subclass of your own has to take advantages of shape (B, C).
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import trl
-from torch import Tensor, nn
+from torch import Tensor
 from trl import GRPOTrainer
 
 from ..ops.api import labels_from_rewards
 from ..training.capture import HiddenCapture, Recording, evaluating
 from ..training.metrics import log_weights
-from ..training.round import Rollouts, lay_back, weigh
+from ..training.round import Rollouts, lay_back, watch, weigh
 from ..training.settings import RewardSettings, refuse
 from .unsloth import UnslothLayout, generated
 
@@ -93,7 +95,6 @@ class ShearMixin(_Base):  # type: ignore[misc]
         if not isinstance(config, ShearConfig):
             raise TypeError(f"shear_config must be a ShearConfig, got {config!r}")
         refuse(refusals(self))
-        _warn_of_dropout(self.model)
         if generated(type(self)) and not isinstance(self, UnslothLayout):
             raise TypeError(
                 "UnslothLayout must come before ShearMixin where Unsloth generated the trainer, "
@@ -135,7 +136,9 @@ class ShearMixin(_Base):  # type: ignore[misc]
             if self._shear_scoring:
                 if self._shear_recording is None:
                     self._forward_for_shear(batch, training)
-                recording: Any = self._shear_recording  # set by that forward
+                recording: Recording | None = self._shear_recording  # set by that forward
+                if recording is None:
+                    raise self._shear_no_forward("log-probabilities", "")
                 self._weigh(batch, recording)
                 del batch["shear_samples"], batch["shear_labels"]
             return batch
@@ -180,8 +183,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
         if not wanted or capture is None or model is self.ref_model or capture.reference_pass:
             return compute(*rest, **kwargs)
         mask = self._shear_recorded(input_ids, attention_mask, logits_to_keep)
-        with capture.recording(mask) as recording:
-            result = compute(*rest, **kwargs)
+        result, recording = capture.record(mask, lambda: compute(*rest, **kwargs))
         if inputs is None:
             self._shear_recording = recording
         else:
@@ -196,13 +198,21 @@ class ShearMixin(_Base):  # type: ignore[misc]
         try:
             loss: Tensor = super()._compute_loss(model, inputs)
             if self._shear_inputs is not None:
-                raise RuntimeError(
-                    f"{type(self).__name__} computed a loss without a forward of the policy that "
-                    "could be recorded: use ShearConfig(mode='score')"
-                )
+                raise self._shear_no_forward("a loss", ": use ShearConfig(mode='score')")
         finally:
             self._shear_inputs = None
         return loss
+
+    def _shear_no_forward(self, what: str, advice: str) -> RuntimeError:
+        if self._shear_capture is not None and self._shear_capture.reference_pass:
+            advice = (
+                ": the adapter that was active at the first step is disabled, or another one named "
+                "'ref' is active, which is the reference's"
+            )
+        return RuntimeError(
+            f"{type(self).__name__} computed {what} without a forward of the policy that could be "
+            f"recorded{advice}"
+        )
 
     def _shear_choose_mode(self, wanted: str) -> str:
         whole = self.args.steps_per_generation == 1 and self.args.num_iterations == 1
@@ -235,6 +245,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
             Rollouts(samples, [i // group_size for i in samples], batch["shear_labels"].tolist()),
             self.state.global_step,
         )
+        rewards = self._shear_rewards[:, self._shear_correctness]
+        watch.step(rewards, self.shear_config.threshold, found.mixed_groups > 0)
         batch["advantages"] = batch["advantages"][:, None] * lay_back([found.weights], mask)
         metrics = self._metrics["train" if training else "eval"]
         log_weights(self.accelerator, found.weights, found, metrics)
@@ -306,13 +318,3 @@ def refusals(trainer: Any) -> Iterator[tuple[object, str]]:
         "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
         "rollout (newer versions of trl leave the loss alone)",
     )
-
-
-def _warn_of_dropout(model: nn.Module) -> None:
-    share = max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0)
-    if share > 0:
-        warnings.warn(
-            f"the policy has dropout of {share:g}: hidden states of equal tokens differ where they "
-            "are taken from trl's own forwards. disable_dropout=True in GRPOConfig turns it off",
-            stacklevel=2,
-        )

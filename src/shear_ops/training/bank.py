@@ -40,7 +40,7 @@ class HiddenBank:
             states on a GPU, and back on their device in finalize.
         mixed_groups: ids of the groups with both labels (see distributed.mixed_groups), where
             rewards are known before the forwards: other groups are not stored. Ignored rollouts
-            never are.
+            never are. The same on all ranks, or finalize raises.
 
     Raises:
         ValueError: for another storage.
@@ -53,7 +53,7 @@ class HiddenBank:
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
         self._storage = storage
-        self._mixed_groups = mixed_groups
+        self._mixed_groups = None if mixed_groups is None else {int(g) for g in mixed_groups}
         self._rows: dict[int, Row] = {}  # by sample id
         self._states: dict[int, Tensor] = {}
         self._like: Tensor | None = None  # (0, d) with the dtype and device of the states
@@ -87,10 +87,16 @@ class HiddenBank:
             TypeError, ValueError: naming the argument, the value seen and the value wanted.
         """
         batch = Batch.of(
-            hidden, cu_seqlens=cu_seqlens, mask=mask, group_ids=group_ids, labels=labels
+            distributed.without_float64_if_empty(hidden),
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            group_ids=group_ids,
+            labels=labels,
         ).check_values()
         rows = batch.rows()
         samples = as_integers("sample_ids", sample_ids, len(rows)).long().tolist()
+        if not rows:
+            return
         states = batch.hidden.detach()
         self._check_like(states)
         known = [sample for sample in samples if sample in self._rows]
@@ -133,11 +139,14 @@ class HiddenBank:
                 rank calls it equally often, also with an empty bank.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as distributed.span_weights.
+            TypeError, ValueError, RuntimeError: as distributed.span_weights; ValueError if
+                mixed_groups differ between ranks.
         """
         rows, states = self._rows, self._states
-        like = torch.empty(0, 1) if self._like is None else self._like
+        nothing = torch.empty(0, 1, dtype=torch.float32, device="cpu")
+        like = nothing if self._like is None else self._like
         self._rows, self._states, self._like = {}, {}, None
+        distributed.check_same_mixed_groups(self._mixed_groups, process_group, like.device)
         stored = set(states)
         # what was not stored has weight 1 whatever its states: a rollout without tokens
         lengths = [row.tokens if sample in stored else 0 for sample, row in rows.items()]
@@ -146,7 +155,7 @@ class HiddenBank:
         parts.clear()  # else every state is there twice from here on
         found = distributed.span_weights(
             hidden,
-            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+            cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
             group_ids=[row.group for row in rows.values()],
             labels=[row.label for row in rows.values()],
             sample_ids=list(rows),

@@ -9,9 +9,11 @@ is the same bit for bit.
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,7 +81,8 @@ def span_weights(
 
     Args:
         hidden, cu_seqlens, mask, labels, config, backend: as in shear_ops.span_weights, of this
-            rank's rollouts. A rank without rollouts may pass hidden (0, 1) of any dtype.
+            rank's rollouts. A rank without rollouts may pass hidden (0, 1) of any dtype, also
+            float64.
         group_ids: (B,) integers, equal on all ranks for rollouts of one prompt.
         sample_ids: (B,) integers, unique within a group over all ranks: a group is computed in
             their order. Default: the position in the batch, all ranks' rollouts one after another.
@@ -91,16 +94,21 @@ def span_weights(
 
     Raises:
         TypeError, ValueError: as shear_ops.span_weights; duplicate sample_ids; arguments that
-            differ between ranks.
-        RuntimeError: on the other ranks if one rank raised, instead of leaving them waiting. A
-            rank that died raises through the process group's time-out.
+            differ between ranks. A state that is not finite is named by group, sample id, rank,
+            rollout of that rank in the order given, and token within it, of those in its mask.
+        RuntimeError: on the other ranks if one rank raised, with what it said, instead of leaving
+            them waiting. A rank that died raises through the process group's time-out.
     """
     link = Link(process_group, hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
 
     def check() -> tuple[Batch, list[int] | None]:
         check_config(config)
         batch = Batch.of(
-            hidden, cu_seqlens=cu_seqlens, mask=mask, group_ids=group_ids, labels=labels
+            without_float64_if_empty(hidden),
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            group_ids=group_ids,
+            labels=labels,
         )
         backends.choose(backend, hidden.device, config.distance)
         batch.check_values()
@@ -113,8 +121,8 @@ def span_weights(
 
     batch, ids = link.agree(check)
     rows, states, offsets = batch.rows(), batch.hidden.detach(), batch.cu_seqlens.tolist()
-    settings = repr((config, weighting, step, backend, ids is None))
-    dim, dtype, before = _same_everywhere(link, states, len(rows), settings)
+    settings = (config, weighting, step, backend, ids is None)
+    dim, dtype, before = _forms(link, states, len(rows), settings)
     groups = _groups(link, rows, range(before, before + len(rows)) if ids is None else ids)
     mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
     owners = _owners(mixed, link.size)
@@ -135,14 +143,18 @@ def span_weights(
         for group in (g for g in mixed if owners[g] == link.rank):
             members = mixed[group]
             lengths = [r.tokens for r in members]
-            weights = api.span_weights(
-                torch.cat([arrived[r] if r in arrived else states_of(r) for r in members]),
-                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-                group_ids=[group] * len(members),
-                labels=[r.label for r in members],
-                config=config,
-                backend=backend,
-            )
+            whole = torch.cat([arrived[r] if r in arrived else states_of(r) for r in members])
+            try:
+                weights = api.span_weights(
+                    whole,
+                    cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
+                    group_ids=[group] * len(members),
+                    labels=[r.label for r in members],
+                    config=config,
+                    backend=backend,
+                )
+            except ValueError as error:
+                raise _in_callers_words(error, whole, members) from None
             parts = torch.split(weighting.apply(weights, step), lengths)
             found.update(zip(members, parts, strict=True))
         return found
@@ -199,15 +211,52 @@ def mixed_groups(
     return {group for group, label in seen if label == 1 and (group, 0) in seen}
 
 
-def _same_everywhere(
-    link: Link, states: Tensor, rollouts: int, settings: str
+def check_same_mixed_groups(
+    groups: Collection[int] | None, process_group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Raise ValueError unless all ranks know the same groups to have both labels. Collective."""
+    own = None if groups is None else sorted(groups)
+    codes = Link(process_group, device).gather([[_hash(own)]], 1)
+    if len({code for ((code,),) in codes}) > 1:
+        raise ValueError(
+            "mixed_groups must be the same on all ranks, as distributed.mixed_groups returns them, "
+            f"got others than these on some rank: {own}"
+        )
+
+
+def without_float64_if_empty(hidden: Tensor) -> Tensor:
+    """States, or if there are none in torch's default dtype, whatever that is, none in float32."""
+    if isinstance(hidden, Tensor) and hidden.dtype == torch.float64 and hidden.numel() == 0:
+        return hidden.float()
+    return hidden
+
+
+def _hash(value: Any) -> int:
+    return zlib.crc32(json.dumps(_plain(value)).encode())
+
+
+def _plain(value: Any) -> Any:
+    """A value whose text is that of every equal one: 1 and 1.0, numbers of numpy."""
+    if isinstance(value, (SpanConfig, Weighting)):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return int(value) if value == value // 1 else float(value)
+    return value
+
+
+def _forms(
+    link: Link, states: Tensor, rollouts: int, settings: tuple[Any, ...]
 ) -> tuple[int, torch.dtype, int]:
     """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
     own = _Form(
         rollouts=rollouts,
         dim=states.shape[1],
         dtype=STATE_DTYPES.index(states.dtype),
-        settings=zlib.crc32(settings.encode()),
+        settings=_hash(settings),
     )
     ranks = [_Form(*row) for (row,) in link.gather([own], len(own))]
     if len({form.settings for form in ranks}) > 1:
@@ -248,6 +297,27 @@ def _mixed(rollouts: list[_Rollout]) -> list[_Rollout]:
     """Those that take part, if there are tokens with both labels; else none."""
     taking = [r for r in rollouts if r.label >= 0 and r.tokens > 0]
     return taking if {r.label for r in taking} == {0, 1} else []
+
+
+def _in_callers_words(error: ValueError, states: Tensor, members: list[_Rollout]) -> ValueError:
+    """Name the rollout, by rank and sample id, where an error is about a token of members' states.
+
+    The operator saw the rollouts of one group in an order that no caller knows.
+    """
+    what, found, _ = str(error).partition(" at token ")
+    if not found:
+        return error
+    bad = ~states.isfinite().all(1)
+    # else the largest, whose norm is too large
+    token = int(bad.nonzero()[0] if bool(bad.any()) else states.double().norm(dim=1).argmax())
+    for rollout in members:
+        if token < rollout.tokens:
+            break
+        token -= rollout.tokens
+    return ValueError(
+        f"{what} at token {token} of rollout {rollout.place} of rank {rollout.rank} "
+        f"(sample id {rollout.sample}, group {rollout.group})"
+    )
 
 
 def _owners(groups: dict[int, list[_Rollout]], ranks: int) -> dict[int, int]:

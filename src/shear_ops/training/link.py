@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LONGEST_TEXT = 2000  # of an error, in characters
+
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
@@ -56,13 +58,13 @@ class Link:
         """Return every rank's rows of int64 columns, rank by rank; ranks may have any number."""
         if self.size == 1:
             return [[list(row) for row in rows]]
-        counts = self._gather(torch.tensor([len(rows)]))
+        counts = self._gather(torch.tensor([len(rows)], device="cpu"))
         lengths = [int(count) for count in counts]
         if max(lengths) == 0:
             return [[] for _ in lengths]
-        padded = torch.zeros(max(lengths), columns, dtype=torch.int64)
+        padded = torch.zeros(max(lengths), columns, dtype=torch.int64, device="cpu")
         if rows:
-            padded[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
+            padded[: len(rows)] = torch.tensor(rows, dtype=torch.int64, device="cpu")
         parts = self._gather(padded)
         return [part[:n].tolist() for part, n in zip(parts, lengths, strict=True)]
 
@@ -76,7 +78,7 @@ class Link:
         """Run work on every rank; where it raised on one, raise on all of them.
 
         Raises:
-            RuntimeError: on the ranks whose own work succeeded.
+            RuntimeError: on the ranks whose own work succeeded, with what another one said.
         """
         error: Exception | None = None
         try:
@@ -84,14 +86,16 @@ class Link:
         except Exception as raised:
             error = raised
         failed = [r for r, ((flag,),) in enumerate(self.gather([[error is not None]], 1)) if flag]
+        if not failed:
+            return result
+        text = "" if error is None else f"{type(error).__name__}: {error}"[:LONGEST_TEXT]
+        texts = self.gather([[byte] for byte in text.encode()], 1)
         if error is not None:
             raise error
-        if failed:
-            raise RuntimeError(
-                f"rank {failed[0]} of the process group could not compute token weights: "
-                "its own error says why"
-            )
-        return result
+        said = bytes(byte for (byte,) in texts[failed[0]]).decode()
+        raise RuntimeError(
+            f"rank {failed[0]} of the process group could not compute token weights: {said}"
+        )
 
     def exchange(
         self,

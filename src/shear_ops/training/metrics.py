@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .bank import BankedWeights
@@ -37,9 +36,9 @@ def log_weights(
             labels (the others have weight 1).
         metrics: lists by name, made when missing.
     """
-    padded = accelerator.pad_across_processes(weights, pad_index=torch.nan)
+    padded = accelerator.pad_across_processes(weights, pad_index=-1)
     everywhere = accelerator.gather(padded)
-    everywhere = everywhere[~everywhere.isnan()]
+    everywhere = everywhere[everywhere != -1]  # weights are at least 0, or NaN, which must show
     metrics["shear/mixed_groups"].append(found.mixed_groups / found.groups)
     if everywhere.numel():
         for name, value in of_weights(everywhere).items():

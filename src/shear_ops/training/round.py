@@ -8,6 +8,8 @@ has its tokens. A trainer that has all states at once takes weigh instead of a R
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +22,8 @@ from ..ops.api import labels_from_rewards
 from . import distributed
 from .bank import BankedWeights, HiddenBank
 from .settings import Settings
+
+STEPS_TO_WARN = 10
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Rollouts:
             labels = [-1 if out else label for label, out in zip(labels, ignored, strict=True)]
         groups = list(group_ids)
         mixed = distributed.mixed_groups(groups, labels, process_group=process_group)
+        watch.step(rewards, threshold, bool(mixed))
         labels = [
             label if group in mixed else -1 for group, label in zip(groups, labels, strict=True)
         ]
@@ -84,6 +89,56 @@ class Rollouts:
         """Those at places in [0, B), in the order of places."""
         taken = list(places)
         return Rollouts(*([column[i] for i in taken] for column in vars(self).values()))
+
+
+class Watch:
+    """Warns if SHEAR is off: no step so far had a group with both labels. Once per process.
+
+    Rollouts.scored tells it; a trainer that weighs without that does so itself.
+    """
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self._steps, self._low, self._high = 0, math.inf, -math.inf
+        self._over = False
+
+    def step(self, rewards: Tensor, threshold: float, mixed: bool) -> None:
+        """Count a step.
+
+        Args:
+            rewards: (B,) for correctness, of this rank or of all, NaN where unscorable.
+            threshold: as in Settings. mixed: whether any group of any rank had both labels.
+        """
+        self._over |= mixed
+        if self._over or rewards.numel() == 0:
+            return
+        self._steps += 1
+        if (scored := rewards[~rewards.isnan()]).numel():
+            self._low = min(self._low, scored.min().item())
+            self._high = max(self._high, scored.max().item())
+        if self._steps == STEPS_TO_WARN:
+            self._over = True
+            warnings.warn(self._message(threshold), stacklevel=3)
+
+    def _message(self, threshold: float) -> str:
+        if self._low > self._high:
+            seen, why = "never a number", "none was scored"
+        else:
+            seen = f"from {self._low:g} to {self._high:g}"
+            if self._high < threshold:
+                why = "none was: set threshold between rewards of wrong and of right rollouts"
+            elif self._low >= threshold:
+                why = "all were: set threshold between rewards of wrong and of right rollouts"
+            else:
+                why = "within each group all were, or none"
+        return (
+            f"no group had correct and incorrect rollouts in the first {self._steps} steps, so all "
+            f"token weights were 1, as without SHEAR. Rewards for correctness were {seen}, and a "
+            f"rollout is correct from threshold = {threshold:g} on: {why}"
+        )
+
+
+watch = Watch()
 
 
 class Round:
@@ -170,7 +225,7 @@ def lay_back(weights: Iterable[Tensor], mask: Tensor) -> Tensor:
 
 
 def _offsets(lengths: Sequence[int] | Tensor) -> Tensor:
-    counts = torch.as_tensor(lengths, dtype=torch.int64)
+    counts = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 

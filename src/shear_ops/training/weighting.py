@@ -18,7 +18,8 @@ class Weighting:
 
     Args:
         mean_one: divide by the mean over the tokens of the group, so that a group moves the policy
-            as far as in GRPO and the learning rate keeps its meaning.
+            as far as in GRPO and the learning rate keeps its meaning. Where all are 0, they
+            become 1. NaN stays NaN.
         clip: (low, high), 0 <= low <= high: bounds of the weights.
         warmup_steps: from weights of 1 at step 0 linearly to the weights at this step.
 
@@ -64,8 +65,9 @@ class Weighting:
             raise ValueError(f"step must be at least 0, got {step}")
         if self.mean_one:
             mean = weights.mean()
-            # all rollouts identical: every weight is 0, and uniform weights are what has mean 1
-            weights = (weights / mean).where(mean > 0, weights.new_ones(()))
+            # every weight is 0, as of equal tokens: uniform weights are what has mean 1;
+            # NaN, which check_finite=False promises, is not 0 and stays
+            weights = (weights / mean).where(mean != 0, weights.new_ones(()))
         if self.clip is not None:
             weights = weights.clamp(*self.clip)
         if step < self.warmup_steps:
