@@ -207,7 +207,7 @@ def compiling_for(name: str) -> Iterator[list[Kernel]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from shear_ops.triton import queue, target, token_cost
+    from shear_ops.triton import ops, queue, target, token_cost
 
     kernels: dict[tuple[str, str], Kernel] = {}
     run = JITFunction.run
@@ -231,6 +231,7 @@ def compiling_for(name: str) -> Iterator[list[Kernel]]:
     with (
         mock.patch.object(driver, "_active", _Driver(name)),
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(ops, "_check_on_gpu"),  # tensors are on the CPU here
         mock.patch.object(queue, "target_of", return_value=facts),
         mock.patch.object(token_cost, "target_of", return_value=facts),
     ):
