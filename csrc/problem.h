@@ -2,6 +2,7 @@
 // kernels.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -113,5 +114,13 @@ Problem make_pair_problem(int64_t rows, int64_t cols, const Config& config);
 // group_ids; without group ids that is x and y. src/shear_ops/ops/batch.py reads the place again.
 std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
                        const std::vector<int64_t>& group_ids);
+
+// The error about a group whose states are not zero, but whose mean norm is below kLeastNorm;
+// without a group id that is x and y.
+std::string too_faint(double norm, std::optional<int64_t> group);
+// The id of a group, none for x and y of pair_distances.
+std::optional<int64_t> id_of_group(const Problem& problem, int64_t group);
+// The error about a cost beyond most_cost().
+std::string bad_cost();
 
 }  // namespace shear

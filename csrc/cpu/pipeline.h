@@ -51,6 +51,7 @@ class Pipeline {
 
   // states.cpp
   void measure_norms();
+  void refuse_faint_groups();
   void center_groups();
   bool has_scale(int64_t group) const;
   const float* center(int64_t group) const;

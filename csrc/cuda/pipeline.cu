@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <stdexcept>
 
 #include "cuda/batch.cuh"
@@ -185,6 +186,12 @@ void Pipeline::check_finite() const {
   if (bad != ~0ull)
     throw std::invalid_argument(
         not_finite(static_cast<int64_t>(bad), problem_.cu_seqlens, problem_.group_ids));
+  unsigned long long faint = 0;
+  stream_.read(&faint, &call_.counters->faint_group, sizeof faint);
+  if (faint != ~0ull)
+    throw std::invalid_argument(
+        too_faint(std::bit_cast<float>(static_cast<uint32_t>(faint >> 32)),
+                  id_of_group(problem_, static_cast<int64_t>(faint & 0xffffffffu))));
 }
 
 void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverPlan& plan) {
@@ -215,7 +222,7 @@ void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverP
   launch_solver(stream, plan, args);
   unsigned long long bad = 0;
   stream.read(&bad, &counters->bad_token, sizeof bad);
-  if (bad != ~0ull) throw std::invalid_argument("cost must be finite, got NaN or Inf");
+  if (bad != ~0ull) throw std::invalid_argument(bad_cost());
 }
 
 }  // namespace shear::cuda

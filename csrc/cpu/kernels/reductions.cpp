@@ -45,13 +45,15 @@ void add(float* a, const float* b, int64_t count) {
   for (int64_t k = 0; k < count; ++k) a[k] += b[k];
 }
 
-bool finite(const float* row, int64_t count) {
-  Vec total = {};  // 0 times Inf or NaN is NaN
-  int64_t j = 0;
-  for (; j + kWidth <= count; j += kWidth) total += load(row + j) * 0.f;
-  float rest = sum(total);
-  for (; j < count; ++j) rest += row[j] * 0.f;
-  return rest == 0.f;
+bool below(const float* row, int64_t count, float most) {
+  VecI inside = ~VecI{};  // not so for NaN
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Vec x = load_first(row + j, count - j, 0.f);
+    inside &= (x < most) & (x > -most);
+  }
+  bool all = true;
+  for (int l = 0; l < kWidth; ++l) all &= inside[l] != 0;
+  return all;
 }
 
 void rbf(float* cost, int64_t count, float sigma) {
