@@ -266,9 +266,9 @@ def test_norms_out_of_range(norm: float, dtype: torch.dtype) -> None:
     given = case.arguments()
     hidden = given["hidden"]
     given["hidden"] = (hidden / hidden.norm(dim=1, keepdim=True) * norm).to(dtype)
-    with pytest.raises(ValueError, match="^hidden must") as wanted:
+    with pytest.raises(ValueError, match=r"^hidden must") as wanted:
         torch.ops.shear.span_distances(*given.values())
-    with pytest.raises(ValueError, match="^hidden must") as seen:
+    with pytest.raises(ValueError, match=r"^hidden must") as seen:
         span_distances(given, case.config)
     assert str(seen.value) == str(wanted.value)
     options = SpanConfig(**case.config, check_finite=False).op_arguments()

@@ -102,5 +102,25 @@ def test_zeros_of_either_sign_are_zero(backend: str) -> None:
 @pytest.mark.parametrize("backend", COMPILED)
 def test_pair_distances_names_no_group(backend: str) -> None:
     x = 1e-20 * random(9, 4).to(device_of(backend))
-    with pytest.raises(ValueError, match="^x and y must have a mean norm of at least"):
+    with pytest.raises(ValueError, match=r"^x and y must have a mean norm of at least"):
         shear_ops.pair_distances(x, x, backend=backend)
+
+
+def test_mmd_of_nearly_equal_spans() -> None:
+    """The square root of a difference of nearly equal numbers: what is left of rounding."""
+    for seed, offset in enumerate((0, 1, 10, 100)):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(103, 24, generator=generator) + offset
+        others = [x[torch.randperm(103, generator=generator)]]
+        others += [x + noise * torch.randn(x.shape, generator=generator) for noise in (1e-5, 1e-3)]
+        for dtype in (torch.float32, torch.bfloat16):
+            for y in others:
+                given: dict[str, Any] = {
+                    "hidden": torch.cat([x, y]).to(dtype), "cu_seqlens": [0, 103, 206],
+                    "group_ids": [0, 0], "labels": [1, 0],
+                    "config": SpanConfig(span=100, stride=1, distance="mmd"),
+                }  # fmt: skip
+                seen = shear_ops.span_distances(**given, backend="cpu").distance.double()
+                wanted = shear_ops.span_distances(**given, backend="reference").distance.double()
+                norm = given["hidden"].double().norm(dim=1).mean()
+                assert (seen - wanted).abs().max() <= 3e-4 * norm, (offset, dtype)

@@ -102,7 +102,7 @@ struct Kernels {
   void (*add)(float* a, const float* b, int64_t count);
   // Whether all are between -most and most; not so for NaN.
   bool (*below)(const float* row, int64_t count, float most);
-  // cost -> exp(-cost^2 / (2 sigma^2)) in place
+  // cost -> exp(-cost^2 / (2 sigma^2)) - 1 in place
   void (*rbf)(float* cost, int64_t count, float sigma);
   Solution (*sinkhorn)(const PairInput&, float* scratch);
 };

@@ -36,10 +36,22 @@ from .solve import LOG2E
 from .tables import Chunk
 from .tasks import LINES, SPANS, find, has_scale
 
+LN2 = tl.constexpr(0.6931471805599453)
 MOST = 128  # tokens of a span taken at a time
 
-MINIMUM, SIMILARITY = 0, 1  # of a line over a window: min C, or sum exp(-C^2 / (2 sigma^2))
+MINIMUM, SIMILARITY = 0, 1  # of a line over a window: min C, or sum exp(-C^2 / (2 sigma^2)) - 1
 BOUND, CHAMFER, MMD = 0, 1, 2  # what the means over lines become
+
+
+@triton.jit
+def exp2_less_one(x):
+    """2^x - 1 for x <= 0, with the digits of x near 0."""
+    z = x * LN2
+    near = z * (1.0 / 720.0) + 1.0 / 120.0
+    near = z * near + 1.0 / 24.0
+    near = z * near + 1.0 / 6.0
+    near = z * (z * near + 0.5) * z + z
+    return tl.where(z > -0.25, near, tl.exp2(x) - 1.0)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -100,7 +112,7 @@ def windows_kernel(
             if WHAT == 0:
                 found = tl.minimum(found, tl.min(tl.where(inside, c, float("inf")), 1))
             else:
-                found += tl.sum(tl.where(inside, tl.exp2(c * c * to_exponent), 0.0), 1)
+                found += tl.sum(tl.where(inside, exp2_less_one(c * c * to_exponent), 0.0), 1)
             at += W
         tl.store(out + line * count_spans + s, found, mask=there)
         s += 1

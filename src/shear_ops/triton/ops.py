@@ -137,12 +137,12 @@ def sinkhorn(
         costs = cost.contiguous()
         tables = problem_tables(rows, cols, n, m, device)
         chunk, longest = tables.chunks[0], tables.longest
-        one = cost.new_ones(1)
+        one, most = cost.new_ones(1), _C.most_cost(reg)
         flag = torch.zeros(1, dtype=torch.int32, device=device)
         room = cost.new_empty(chunk.window_floats)
         for columns in (False, True):
             bounds.windows(one, tables.spans, chunk, costs, room, flag, columns=columns,
-                           what=bounds.MINIMUM, longest=longest, most=_C.most_cost(reg))  # fmt: skip
+                           what=bounds.MINIMUM, longest=longest, most=most)  # fmt: skip
             bounds.means(one, tables.spans, chunk, room, pairs.value, None, columns=columns,
                          what=bounds.BOUND, longest=longest)  # fmt: skip
         counts = torch.zeros(4, dtype=torch.int64, device=device)
