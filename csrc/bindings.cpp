@@ -241,6 +241,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
   m.attr("LEAST_ROLLOUT_NORM") = shear::kLeastRolloutNorm;
   m.attr("MEAN_SHARE") = shear::kMeanShare;
+  m.attr("MOST_NORM") = shear::kMostNorm;
+  m.attr("LEAST_NORM") = shear::kLeastNorm;
+  m.attr("FAINT_NORM") = shear::kFaintNorm;
   m.def("omega_of", &shear::omega_of, py::arg("level"));
   m.def("next_level", &shear::next_level, py::arg("level"), py::arg("ratio"));
   m.def("tolerance", &shear::tolerance, py::arg("tol"), py::arg("entropy"), py::arg("eps"),
@@ -254,6 +257,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("labels"), py::kw_only(), py::arg("tokens"));
   m.def("not_finite", &shear::not_finite, py::arg("token"), py::arg("cu_seqlens"),
         py::arg("group_ids"));
+  m.def("too_faint", &shear::too_faint, py::arg("norm"), py::arg("group"));
+  m.def("bad_cost", &shear::bad_cost);
+  m.def("most_cost", &shear::most_cost, py::arg("reg"));
   m.def("plan", &plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
         py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
         py::arg("tokens"), py::arg("threads"));

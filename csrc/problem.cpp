@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <stdexcept>
 #include <unordered_map>
 
-#include "spans.h"
+#include "solve.h"
+#include "token_cost.h"
 
 namespace shear {
 namespace {
@@ -20,6 +22,12 @@ T to_enum(const char* argument, int64_t value, const char* const (&)[kCount]) {
           std::string(argument) + " must be in [0, " + std::to_string(kCount) + "), got " +
               std::to_string(value));
   return static_cast<T>(value);
+}
+
+std::string short_number(double number) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g", number);
+  return text;
 }
 
 // Spans of all rollouts, once it is sure that they are few enough to be listed.
@@ -60,6 +68,12 @@ Config make_config(const Options& given) {
               " with span " + std::to_string(given.span));
   require(std::isfinite(given.reg) && given.reg > 0,
           "reg must be positive and finite, got " + std::to_string(given.reg));
+  // what times any norm, or any norm over it, is a float32
+  const bool of_norm = given.reg_unit == static_cast<int64_t>(RegUnit::kMeanNorm);
+  const double least = of_norm ? 1e-20 : 1e-36, most = of_norm ? 1e14 : kMostCost;
+  require(given.reg >= least && given.reg <= most,
+          "reg must be in [" + short_number(least) + ", " + short_number(most) + "] in units of " +
+              (of_norm ? "the mean norm" : "cost") + ", got " + short_number(given.reg));
   require(given.n_iters >= 1 && given.n_iters <= INT32_MAX,
           "n_iters must be in [1, 2^31), got " + std::to_string(given.n_iters));
   require(std::isfinite(given.tol) && given.tol >= 0,
@@ -154,9 +168,9 @@ std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
   const int64_t rollout = after - cu_seqlens.begin() - 1;
   const std::string at = std::to_string(token - cu_seqlens[rollout]);
   const bool pair = group_ids.empty();
-  return (pair ? (rollout == 0 ? "x" : "y") : "hidden") +
-         std::string(" must be finite with norms below 1.8e19, got NaN, Inf or larger at token ") +
-         at +
+  return std::string(pair ? (rollout == 0 ? "x" : "y") : "hidden") +
+         " must be finite with norms below " + short_number(kMostNorm) +
+         ", got NaN, Inf or larger at token " + at +
          (pair ? ""
                : " of rollout " + std::to_string(rollout) + " (group " +
                      std::to_string(group_ids[rollout]) + "), hidden[" + std::to_string(token) +
@@ -167,8 +181,28 @@ std::string stopped_warning(int64_t stopped, int64_t solved, int64_t n_iters) {
   return "shear_ops: " + std::to_string(stopped) + " of " + std::to_string(solved) +
          " solved span pairs were stopped at n_iters=" + std::to_string(n_iters) +
          " before they converged, and weights may be off: raise n_iters or reg; span_distances "
-         "says "
-         "which spans have iterations == n_iters (said once per process)";
+         "says which spans have iterations == n_iters (said once per process)";
+}
+
+std::string too_faint(double norm, std::optional<int64_t> group) {
+  const std::string least = short_number(kLeastNorm);
+  // less is not measured, see kFaintNorm
+  const std::string seen = norm < 1e-18 ? "less than 1e-18" : short_number(norm);
+  return (group ? "hidden" : "x and y") + std::string(" must have a mean norm of at least ") +
+         least + " (or be 0) in " +
+         (group ? "every group, got " + seen + " in group " + std::to_string(*group)
+                : "all, got " + seen) +
+         ": scale the states, float32 loses their squared distances";
+}
+
+std::optional<int64_t> id_of_group(const Problem& problem, int64_t group) {
+  if (problem.group_ids.empty()) return std::nullopt;
+  return problem.group_ids[problem.groups[group].correct.front()];
+}
+
+std::string bad_cost() {
+  return "cost must be finite, got NaN or Inf or a magnitude from " + short_number(kMostCost) +
+         " or " + short_number(kMostCostOverReg) + " times reg on";
 }
 
 }  // namespace shear

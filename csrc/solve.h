@@ -22,7 +22,14 @@
 
 namespace shear {
 
-constexpr float kFar = 1e30f;  // cost of padding
+constexpr float kFar = 1e30f;  // cost of padding, in units of eps ln 2
+// Of the problems of sinkhorn(): costs further from 0 than that are refused. What is beyond is left
+// to padding, to sums over rows, and to costs in units of eps ln 2.
+constexpr double kMostCost = 1e33, kMostCostOverReg = 1e28;
+SHEAR_HOST_DEVICE float most_cost(double reg) {
+  const double most = kMostCostOverReg * reg;
+  return static_cast<float>(most < kMostCost ? most : kMostCost);
+}
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 // A scaling is updated by y^-omega, y its marginal over the wanted one, omega = 2 - 2^-level.
 constexpr int kTopLevel = 5;
@@ -159,13 +166,16 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
       rebuild = false;
     }
     if (finish || (it >= kFirstCheck && (it & (it - 1)) == 0)) {
-      progress.bound = larger(progress.bound, engine.dual_value());
+      // potentials are rounded in units of eps: no bound where costs range over less
+      const float dual = engine.dual_value();
+      if (engine.range() >= 1.f) progress.bound = larger(progress.bound, dual);
       if (beaten(progress.bound)) return {progress.bound, 0.f, 0, true};
       if (finish) {
         Solution out = engine.corrected_value();
+        // stopped at a heat: nothing may be left of the plan at 1, and then all mass is missing. A
+        // value that is no number has not converged.
+        if (!(out.residual < 2.f && out.distance < __builtin_huge_valf())) out.residual = 2.f;
         out.distance = larger(progress.bound, out.distance);
-        // stopped at a heat: nothing may be left of the plan at 1, and then all mass is missing
-        if (!(out.residual < 2.f)) out.residual = 2.f;
         out.iterations = static_cast<int>(it);
         if (it >= n_iters ||
             out.residual <= tolerance(tol, progress.travel, engine.eps(), out.distance))

@@ -15,4 +15,12 @@ constexpr float kNearDuplicate = 0x1p-7f;
 // a second time. (float32 states are always centred on the CPU, where that costs nothing.)
 constexpr double kMeanShare = 0.95;
 
+// Norms that float32 has room for. Below kMostNorm no sum of squares of centred states overflows:
+// 8 kMostNorm^2 = 2^127. From a mean norm of kLeastNorm on, the squared differences of states that
+// are 1e-3 of the norm apart are normal numbers, dimension by dimension up to thousands of them.
+constexpr float kMostNorm = 0x1p62f;
+constexpr double kLeastNorm = 0x1p-46;
+// The norm of a state that is not zero, although its squares all are.
+constexpr float kFaintNorm = 0x1p-63f;
+
 }  // namespace shear

@@ -246,6 +246,38 @@ def test_states_that_are_not_finite(bad: float) -> None:
         torch.ops.shear_emulated.sinkhorn(torch.full((1, 2, 2), bad), reg=0.1)
 
 
+@pytest.mark.parametrize(("n", "m"), [(7, 5), (100, 3), (129, 40)])
+@pytest.mark.parametrize("exponent", [-100, -60, 29, 30, 60, 100])
+def test_sinkhorn_is_linear_in_a_power_of_two(exponent: int, n: int, m: int) -> None:
+    cost = torch.rand(1, n, m, generator=torch.Generator().manual_seed(0))
+    wanted = torch.ops.shear_emulated.sinkhorn(cost, reg=0.0625)
+    unit = 2.0**exponent
+    seen = torch.ops.shear_emulated.sinkhorn(cost * unit, reg=0.0625 * unit)
+    assert torch.equal(seen[0] / unit, wanted[0])
+    assert torch.equal(seen[2], wanted[2])
+    large = torch.ops.shear_emulated.sinkhorn(cost, reg=1e9)
+    torch.testing.assert_close(large[0], cost.mean((1, 2)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [1e-38, 1e-22, 1e-15, 5e18, 1.8e19])
+def test_norms_out_of_range(norm: float, dtype: torch.dtype) -> None:
+    case = BY_NAME["interleaved groups"]
+    given = case.arguments()
+    hidden = given["hidden"]
+    given["hidden"] = (hidden / hidden.norm(dim=1, keepdim=True) * norm).to(dtype)
+    with pytest.raises(ValueError, match=r"^hidden must") as wanted:
+        torch.ops.shear.span_distances(*given.values())
+    with pytest.raises(ValueError, match=r"^hidden must") as seen:
+        span_distances(given, case.config)
+    assert str(seen.value) == str(wanted.value)
+    options = SpanConfig(**case.config, check_finite=False).op_arguments()
+    weights = torch.ops.shear_emulated.span_weights(*given.values(), **options)
+    wanted_weights = torch.ops.shear.span_weights(*given.values(), **options)
+    assert weights.isnan().any()
+    assert torch.equal(weights.isnan(), wanted_weights.isnan())
+
+
 def test_refusals() -> None:
     given = BY_NAME["text"].arguments()
     for distance in ("mmd", "cosine"):

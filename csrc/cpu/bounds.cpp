@@ -72,19 +72,24 @@ void Pipeline::bounds(const Chunk& chunk, const float* costs, const float* windo
     }
     const Span& row = problem_.spans[block.row_span + a];
     const int64_t first = row.begin - block.row_token, n = row.size();
-    std::fill_n(out, block.col_spans, 0.f);
-    for (int64_t i = first; i < first + n; ++i)
-      kernels_.add(out, windows + block.row_offset + i * block.col_spans, block.col_spans);
     if (config_.distance == Distance::kMmd) {
+      // a difference of nearly equal numbers: rows are added up in double
+      std::vector<double> sums(block.col_spans);
+      for (int64_t i = first; i < first + n; ++i)
+        for (int64_t b = 0; b < block.col_spans; ++b)
+          sums[b] += windows[block.row_offset + i * block.col_spans + b];
       const double sigma = group_norm_[block.group];
       for (int64_t b = 0; b < block.col_spans; ++b) {
         const double cross =
-            out[b] / (static_cast<double>(n) * static_cast<double>(spans[index][b].size));
+            sums[b] / (static_cast<double>(n) * static_cast<double>(spans[index][b].size));
         const double squared = self_[block.row_span + a] + self_[block.col_span + b] - 2 * cross;
         out[b] = static_cast<float>(sigma * std::sqrt(std::max(0., squared)));
       }
       return;
     }
+    std::fill_n(out, block.col_spans, 0.f);
+    for (int64_t i = first; i < first + n; ++i)
+      kernels_.add(out, windows + block.row_offset + i * block.col_spans, block.col_spans);
     float* lowest = scratch;
     float* q = scratch + block.col_tokens;
     kernels_.column_min(costs + block.cost_offset + first * block.ld, block.ld, n, block.col_tokens,

@@ -56,7 +56,8 @@ void Pipeline::cosine_distances(const Chunk& chunk, float* values) const {
   });
 }
 
-// mmd: the mean of k(x, x') over the token pairs of every span.
+// mmd: the mean of k(x, x') - 1 (what is taken off cancels, and near-duplicates keep their digits)
+// over the token pairs of every span.
 void Pipeline::self_similarities() {
   self_.resize(problem_.spans.size());
   workers_.run(static_cast<int64_t>(problem_.spans.size()), [&](int64_t s, float* scratch) {
@@ -76,8 +77,7 @@ void Pipeline::self_similarities() {
                            .ld = n,
                            .scratch = scratch});
     kernels_.rbf(costs, n * n, static_cast<float>(group_norm_[group]));
-    float total =
-        0.f;  // summed like the similarities of two spans, so that equal spans cancel exactly
+    double total = 0;  // summed like those of two spans, so that equal spans cancel exactly
     for (int64_t i = 0; i < n; ++i) {
       const Window row{i * n, n};
       float sum;

@@ -51,6 +51,7 @@ class Pipeline {
 
   // states.cpp
   void measure_norms();
+  void refuse_faint_groups();
   void center_groups();
   bool has_scale(int64_t group) const;
   const float* center(int64_t group) const;
@@ -85,7 +86,7 @@ class Pipeline {
   std::vector<char> centered_;                     // (groups)
   std::vector<double> rollout_norm_, group_norm_;  // means
   std::vector<float> unit_mean_, unit_sq_norm_;    // cosine: (spans, dim) and (spans)
-  std::vector<double> self_;                       // mmd: (spans) mean of k(x, x')
+  std::vector<double> self_;                       // mmd: (spans) mean of k(x, x') - 1
   std::vector<uint32_t> best_;    // (spans) float bits of the smallest distance so far
   std::vector<Nearest> nearest_;  // (spans)
   PairCounts counts_{};

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/pipeline.h"
+#include "solve.h"
 #include "tensors.h"
 
 namespace shear::cpu {
@@ -116,7 +117,10 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
 std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optional<Tensor>& n_rows,
                                             const std::optional<Tensor>& n_cols, double reg,
                                             int64_t n_iters, double tol) {
-  const Config config = make_config({.reg = reg, .n_iters = n_iters, .tol = tol});
+  const Config config = make_config({.reg = reg,
+                                     .n_iters = n_iters,
+                                     .tol = tol,
+                                     .reg_unit = static_cast<int64_t>(RegUnit::kCost)});
   STD_TORCH_CHECK(cost.is_cpu() && cost.dim() == 3 && cost.scalar_type() == ScalarType::Float,
                   "cost must be a (B, n, m) float32 tensor on the CPU");
   const Tensor costs = torch::stable::contiguous(cost);
@@ -132,6 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   float* values = value.mutable_data_ptr<float>();
   float* residuals = residual.mutable_data_ptr<float>();
   int32_t* counts = iterations.mutable_data_ptr<int32_t>();
+  const float most = most_cost(config.reg);
   std::atomic<bool> finite{true};
   const Workers workers(sinkhorn_scratch(n, m, kWidest).floats);
   workers.run(batch, [&](int64_t b, float* scratch) {
@@ -142,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
       float lowest;
       kernels().window_min(first + i * m, &row, 1, &lowest);
       r += lowest;
-      if (!kernels().finite(first + i * m, cols[b])) finite = false;
+      if (!kernels().below(first + i * m, cols[b], most)) finite = false;
     }
     kernels().column_min(first, m, rows[b], cols[b], scratch);
     for (int64_t j = 0; j < cols[b]; ++j) q += scratch[j];
@@ -161,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
     residuals[b] = out.residual;
     counts[b] = out.iterations;
   });
-  if (!finite) throw std::invalid_argument("cost must be finite, got NaN or Inf");
+  if (!finite) throw std::invalid_argument(bad_cost());
   return {value, residual, iterations};
 }
 

@@ -1,6 +1,7 @@
 // What is measured once per call from the hidden states alone: norms and the groups' mean states.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 
@@ -13,6 +14,19 @@ namespace {
 constexpr int64_t kDimsPerTask = 256;
 constexpr int64_t kTokensPerTask = 64;
 
+template <typename Word>
+bool is_zero(const void* data, int64_t begin, int64_t count) {
+  Word seen = 0;
+  for (int64_t k = begin; k < begin + count; ++k) seen |= static_cast<const Word*>(data)[k];
+  return static_cast<Word>(seen << 1) == 0;  // but for the sign
+}
+
+bool is_zero(const States& states, int64_t token) {
+  const int64_t begin = token * states.dim;
+  return states.dtype == Dtype::kFloat32 ? is_zero<uint32_t>(states.data, begin, states.dim)
+                                         : is_zero<uint16_t>(states.data, begin, states.dim);
+}
+
 }  // namespace
 
 void Pipeline::measure_norms() {
@@ -20,8 +34,11 @@ void Pipeline::measure_norms() {
   const int64_t tasks = (problem_.tokens + kTokensPerTask - 1) / kTokensPerTask;
   workers_.run(tasks, [&](int64_t task, float*) {
     const int64_t end = std::min(problem_.tokens, (task + 1) * kTokensPerTask);
-    for (int64_t t = task * kTokensPerTask; t < end; ++t)
-      norm_[t] = std::sqrt(kernels_.squared_norm(states_, t, nullptr));
+    for (int64_t t = task * kTokensPerTask; t < end; ++t) {
+      const float norm = std::sqrt(kernels_.squared_norm(states_, t, nullptr));
+      norm_[t] = norm > 0 || is_zero(states_, t) ? norm : kFaintNorm;
+      if (!(norm < kMostNorm)) norm_[t] = std::numeric_limits<float>::quiet_NaN();
+    }
   });
   if (config_.check_finite)
     for (int64_t t = 0; t < problem_.tokens; ++t)
@@ -41,9 +58,28 @@ void Pipeline::measure_norms() {
   }
   for (size_t g = 0; g < group_norm_.size(); ++g)
     group_norm_[g] /= static_cast<double>(group_tokens[g]);
+  refuse_faint_groups();
 }
 
-// False: all states are zero, or not finite with the check off. Such a group is not computed.
+// The faintest is named; with the check off, such a group has no norm.
+void Pipeline::refuse_faint_groups() {
+  size_t faintest = 0;
+  bool found = false;
+  for (size_t g = 0; g < group_norm_.size(); ++g) {
+    if (!(group_norm_[g] > 0 && group_norm_[g] < kLeastNorm)) continue;
+    if (!found || group_norm_[g] < group_norm_[faintest]) faintest = g;
+    found = true;
+  }
+  if (!found) return;
+  if (config_.check_finite)
+    throw std::invalid_argument(
+        too_faint(group_norm_[faintest], id_of_group(problem_, static_cast<int64_t>(faintest))));
+  for (double& norm : group_norm_)
+    if (norm > 0 && norm < kLeastNorm) norm = std::numeric_limits<double>::quiet_NaN();
+}
+
+// False: all states are zero, or not finite or too faint with the check off. Such a group is not
+// computed.
 bool Pipeline::has_scale(int64_t group) const {
   return std::isfinite(group_norm_[group]) && group_norm_[group] > 0;
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/call.cuh"
 #include "cuda/pairs.cuh"
+#include "solve.h"
 
 namespace shear::cuda {
 
@@ -25,12 +26,13 @@ __global__ void __launch_bounds__(kThreads) bound_problems(const BatchArgs args)
   __shared__ double room[kThreads / kWarp];
   const Pair pair = pair_at(args.table, blockIdx.x);
   double r = 0, q = 0;
+  const float most = most_cost(args.table.reg);
   bool finite = true;
   for (int i = warp_id(); i < pair.n; i += kThreads / kWarp) {
     float lowest = kInfinity;
     for (int j = lane_id(); j < pair.m; j += kWarp) {
       const float cost = pair.cost[i * pair.ld + j];
-      finite &= fabsf(cost) < kInfinity;
+      finite &= fabsf(cost) < most;
       lowest = fminf(lowest, cost);
     }
 #pragma unroll

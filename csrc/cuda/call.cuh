@@ -12,8 +12,10 @@ namespace shear::cuda {
 struct Counters {
   unsigned long long counts[kCounts];
   unsigned long long bad_token;  // the first that is not finite; all ones: none
-  uint32_t seeds, seeds_taken;   // queue of seeds: its length, how far it is
-  uint32_t queued, taken;        // and the main queue
+  // bits of the mean norm of the faintest group below kLeastNorm, and which; all ones: none
+  unsigned long long faint_group;
+  uint32_t seeds, seeds_taken;  // queue of seeds: its length, how far it is
+  uint32_t queued, taken;       // and the main queue
   uint32_t bucket[kBuckets], bucket_filled[kBuckets];
 };
 static_assert(sizeof(Counters) <= kCounterBytes);
@@ -55,7 +57,8 @@ struct SpanOutputs {
   int64_t* counts;  // (kCounts)
 };
 
-// False: all states are zero, or not finite with the check off. Such a group is not computed.
+// False: all states are zero, or not finite or too faint with the check off. Such a group is not
+// computed.
 __device__ __forceinline__ bool has_scale(const Call& call, int group) {
   const double norm = call.group_norm[group];
   return norm > 0 && norm < __builtin_huge_val();

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <stdexcept>
 
 #include "cuda/batch.cuh"
@@ -186,6 +187,10 @@ void Pipeline::check_finite() const {
   if (seen.bad_token != ~0ull)
     throw std::invalid_argument(
         not_finite(static_cast<int64_t>(seen.bad_token), problem_.cu_seqlens, problem_.group_ids));
+  if (seen.faint_group != ~0ull)
+    throw std::invalid_argument(
+        too_faint(std::bit_cast<float>(static_cast<uint32_t>(seen.faint_group >> 32)),
+                  id_of_group(problem_, static_cast<int64_t>(seen.faint_group & 0xffffffffu))));
   warn_of_stopped(static_cast<int64_t>(seen.counts[kStopped]),
                   static_cast<int64_t>(seen.counts[kSolved]), config_.n_iters);
 }
@@ -218,7 +223,7 @@ void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverP
   launch_solver(stream, plan, args);
   unsigned long long bad = 0;
   stream.read(&bad, &counters->bad_token, sizeof bad);
-  if (bad != ~0ull) throw std::invalid_argument("cost must be finite, got NaN or Inf");
+  if (bad != ~0ull) throw std::invalid_argument(bad_cost());
 }
 
 }  // namespace shear::cuda

@@ -11,6 +11,10 @@ namespace shear::cuda {
 // padding.
 constexpr float kTiny = 0x1p-120f, kPadding = 0x1p118f;
 
+// Cost of padding, in units of the costs: above all of them, far in units of any eps that is
+// accepted, and finite, since it is multiplied by a plan of 0.
+constexpr float kFarCost = 1e38f;
+
 template <typename T>
 class TileEngine {
  public:
@@ -50,21 +54,21 @@ class TileEngine {
         if (i < n_ && j < m_)
           copy_async_4(to, pair.cost + i * pair.ld + j);
         else
-          *to = kFar;
+          *to = kFarCost;
       }
     commit_copies();
     wait_copies<0>();
     __syncthreads();
     float f = 0.f;  // sum of the lane's F
-    float highest = -kFar, least = kFar;
+    float highest = -kFarCost, least = kFarCost;
 #pragma unroll
     for (int r = 0; r < T::kThreadRows; ++r) {
-      float lowest = kFar;
+      float lowest = kFarCost;
 #pragma unroll
       for (int c = 0; c < T::kThreadCols; ++c) {
         k_[r][c] = cost(r, c);
         lowest = fminf(lowest, k_[r][c]);
-        if (k_[r][c] < kFar) highest = fmaxf(highest, k_[r][c]);
+        if (k_[r][c] < kFarCost) highest = fmaxf(highest, k_[r][c]);
       }
 #pragma unroll
       for (int d = 1; d < T::kColLanes; d *= 2)

@@ -34,7 +34,7 @@ class WideEngine {
     g_ = u_ + n_;
     v_ = g_ + m_;
     k_ = scratch_ ? scratch_ : v_ + m_;
-    float f = 0.f, g = 0.f, highest = -kFar, least = kFar;
+    float f = 0.f, g = 0.f, highest = -kInfinity, least = kInfinity;
     for_rows([&](int i) {
       float lowest = kInfinity;
       for (int j = lane_id(); j < m_; j += kWarp) {

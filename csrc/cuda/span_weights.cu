@@ -183,7 +183,10 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
 std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optional<Tensor>& n_rows,
                                             const std::optional<Tensor>& n_cols, double reg,
                                             int64_t n_iters, double tol) {
-  const Config config = make_config({.reg = reg, .n_iters = n_iters, .tol = tol});
+  const Config config = make_config({.reg = reg,
+                                     .n_iters = n_iters,
+                                     .tol = tol,
+                                     .reg_unit = static_cast<int64_t>(RegUnit::kCost)});
   STD_TORCH_CHECK(on_device(cost) && cost.dim() == 3 && cost.scalar_type() == ScalarType::Float,
                   "cost must be a (B, n, m) float32 tensor on the GPU");
   const Tensor costs = torch::stable::contiguous(cost);

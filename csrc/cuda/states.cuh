@@ -1,6 +1,7 @@
 // What is measured once per call from the hidden states alone: where spans are, norms, their means.
 #pragma once
 #include "cuda/call.cuh"
+#include "token_cost.h"
 
 namespace shear::cuda {
 
@@ -12,6 +13,7 @@ __global__ void __launch_bounds__(kThreads) begin_call(const Call call) {
     for (int k = 0; k < kCounts; ++k) counters.counts[k] = 0;
     counters.counts[kTotal] = call.pairs;
     counters.bad_token = ~0ull;
+    counters.faint_group = ~0ull;
   }
   if (s >= call.spans) return;
   const int i = last_not_after(call.n_rollouts, s,
@@ -25,6 +27,14 @@ __global__ void __launch_bounds__(kThreads) begin_call(const Call call) {
   call.nearest[s] = nothing_found();
 }
 
+// To every lane: whether all bits of a state but the signs are 0.
+template <Dtype kDtype>
+__device__ __forceinline__ bool is_zero(const States& states, int64_t token) {
+  return warp_sum(sum_over_dims<kDtype>(states, token, token, [](float a, float) {
+           return (__float_as_uint(a) << 1) != 0 ? 1.f : 0.f;
+         })) == 0.f;
+}
+
 // A warp per token.
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kThreads) measure_norms(const Call call) {
@@ -32,11 +42,14 @@ __global__ void __launch_bounds__(kThreads) measure_norms(const Call call) {
   if (token >= call.tokens) return;
   const double squares = warp_sum(static_cast<double>(
       sum_over_dims<kDtype>(call.states, token, token, [](float a, float) { return a * a; })));
+  // a GPU may flush what is below
+  const bool faint = squares < 0x1p-126 && !is_zero<kDtype>(call.states, token);
   if (lane_id() > 0) return;
   call.sq_norm[token] = static_cast<float>(squares);
-  call.norm[token] = sqrtf(call.sq_norm[token]);
-  if (!(call.norm[token] < kInfinity))
-    atomicMin(&call.counters->bad_token, static_cast<unsigned long long>(token));
+  const float norm = faint ? kFaintNorm : sqrtf(call.sq_norm[token]);
+  const bool bad = !(norm < kMostNorm);
+  call.norm[token] = bad ? __uint_as_float(0x7fc00000u) : norm;
+  if (bad) atomicMin(&call.counters->bad_token, static_cast<unsigned long long>(token));
 }
 
 // A CTA per rollout.
@@ -61,7 +74,13 @@ __global__ void __launch_bounds__(kThreads) mean_group_norms(const Call call) {
     sum += call.rollout_norm[call.members[k]] * size;
     tokens += size;
   }
-  call.group_norm[g] = sum / tokens;
+  const double norm = sum / tokens;
+  const bool faint = norm > 0 && norm < kLeastNorm;
+  call.group_norm[g] = faint ? static_cast<double>(__uint_as_float(0x7fc00000u)) : norm;
+  if (faint)  // positive floats: their bits have their order
+    atomicMin(&call.counters->faint_group,
+              static_cast<unsigned long long>(__float_as_uint(static_cast<float>(norm))) << 32 |
+                  static_cast<unsigned long long>(g));
 }
 
 }  // namespace shear::cuda

@@ -25,7 +25,7 @@ namespace shear::cpu {
   void window_sum(const float*, const Window*, int64_t, float*);                   \
   void column_min(const float*, int64_t, int64_t, int64_t, float*);                \
   void add(float*, const float*, int64_t);                                         \
-  bool finite(const float*, int64_t);                                              \
+  bool below(const float*, int64_t, float);                                        \
   void rbf(float*, int64_t, float);                                                \
   Solution sinkhorn(const PairInput&, float*);                                     \
   constexpr Kernels kKernels{#set,                                                 \
@@ -37,7 +37,7 @@ namespace shear::cpu {
                              window_sum,                                           \
                              column_min,                                           \
                              add,                                                  \
-                             finite,                                               \
+                             below,                                                \
                              rbf,                                                  \
                              sinkhorn};                                            \
   }

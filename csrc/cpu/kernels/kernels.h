@@ -100,8 +100,9 @@ struct Kernels {
   void (*column_min)(const float* cost, int64_t ld, int64_t rows, int64_t cols, float* out);
   // a[k] += b[k]
   void (*add)(float* a, const float* b, int64_t count);
-  bool (*finite)(const float* row, int64_t count);
-  // cost -> exp(-cost^2 / (2 sigma^2)) in place
+  // Whether all are between -most and most; not so for NaN.
+  bool (*below)(const float* row, int64_t count, float most);
+  // cost -> exp(-cost^2 / (2 sigma^2)) - 1 in place
   void (*rbf)(float* cost, int64_t count, float sigma);
   Solution (*sinkhorn)(const PairInput&, float* scratch);
 };

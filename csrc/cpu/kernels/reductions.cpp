@@ -45,13 +45,32 @@ void add(float* a, const float* b, int64_t count) {
   for (int64_t k = 0; k < count; ++k) a[k] += b[k];
 }
 
-bool finite(const float* row, int64_t count) {
-  Vec total = {};  // 0 times Inf or NaN is NaN
-  int64_t j = 0;
-  for (; j + kWidth <= count; j += kWidth) total += load(row + j) * 0.f;
-  float rest = sum(total);
-  for (; j < count; ++j) rest += row[j] * 0.f;
-  return rest == 0.f;
+bool below(const float* row, int64_t count, float most) {
+  VecI inside = ~VecI{};  // not so for NaN
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Vec x = load_first(row + j, count - j, 0.f);
+    inside &= (x < most) & (x > -most);
+  }
+  bool all = true;
+  for (int l = 0; l < kWidth; ++l) all &= inside[l] != 0;
+  return all;
+}
+
+// 2^x - 1 for x <= 0, to 2e-7 of the result: with the integer part n of x, 2^n (2^f - 1) + 2^n - 1.
+static Vec exp2_less_one(Vec x) {
+  const Vec magic = broadcast(12582912.f);  // as in exp2
+  x = max(x, broadcast(-96.f));
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  Vec p = broadcast(1.525273380e-5f);  // Taylor: ln(2)^k / k!
+  p = p * f + 1.540353039e-4f;
+  p = p * f + 1.333355815e-3f;
+  p = p * f + 9.618129108e-3f;
+  p = p * f + 5.550410866e-2f;
+  p = p * f + 2.402265070e-1f;
+  p = p * f + 6.931471806e-1f;
+  const Vec power = (Vec)((VecI)broadcast(1.f) + ((VecI)shifted << 23));
+  return power * (p * f) + (power - 1.f);
 }
 
 void rbf(float* cost, int64_t count, float sigma) {
@@ -59,9 +78,9 @@ void rbf(float* cost, int64_t count, float sigma) {
   int64_t k = 0;
   for (; k + kWidth <= count; k += kWidth) {
     const Vec c = load(cost + k);
-    store(cost + k, exp2(c * c * to_exponent));
+    store(cost + k, exp2_less_one(c * c * to_exponent));
   }
-  for (; k < count; ++k) cost[k] = exp2(broadcast(cost[k] * cost[k] * to_exponent))[0];
+  for (; k < count; ++k) cost[k] = exp2_less_one(broadcast(cost[k] * cost[k] * to_exponent))[0];
 }
 
 }  // namespace shear::cpu::SHEAR_ISA

@@ -84,10 +84,10 @@ class Engine {
           highest = max(highest, x);
         }
         if (rest > 0) {
-          const Vec x = load_rest(row, m_, rest, kFar / scale) * scale;
+          const Vec y = load_rest(row, m_, rest, 0.f) * scale, x = keep_first(y, rest, kFar);
           store(panel + whole * kGroup + r * kWidth, x);
           lowest = min(lowest, x);
-          highest = max(highest, load_rest(row, m_, rest, -kFar / scale) * scale);
+          highest = max(highest, keep_first(y, rest, -kFar));
         }
         f_[i + r] = min(lowest);
         least = f_[i + r] < least ? f_[i + r] : least;

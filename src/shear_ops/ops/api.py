@@ -390,7 +390,13 @@ def _euclidean(x: Tensor, y: Tensor) -> Tensor:
             f"{x.device}, got {tuple(y.shape)} on {y.device}"
         )
     # not the Gram form: it loses the small costs of near-duplicates to cancellation
-    return torch.cdist(x.float(), y.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    x, y, unit = x.float(), y.float(), x.new_ones(x.shape[0], 1, 1, dtype=torch.float32)
+    if x.shape[1] > 0 and y.shape[1] > 0:
+        # squares leave float32 where distances do not: each problem in a power of two of its own
+        peak = torch.maximum(x.abs().amax((1, 2)), y.abs().amax((1, 2)))
+        unit = torch.exp2(torch.frexp(peak).exponent.clamp(-126, 126).float())[:, None, None]
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x / unit, y / unit, compute_mode=mode) * unit
 
 
 def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:

@@ -6,6 +6,8 @@ code: a line is a row or a column token, and its windows are the spans of the ot
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,21 +36,33 @@ from .solve import LOG2E
 from .tables import Chunk
 from .tasks import LINES, SPANS, find, has_scale
 
+LN2 = tl.constexpr(0.6931471805599453)
 MOST = 128  # tokens of a span taken at a time
 
-MINIMUM, SIMILARITY = 0, 1  # of a line over a window: min C, or sum exp(-C^2 / (2 sigma^2))
+MINIMUM, SIMILARITY = 0, 1  # of a line over a window: min C, or sum exp(-C^2 / (2 sigma^2)) - 1
 BOUND, CHAMFER, MMD = 0, 1, 2  # what the means over lines become
+
+
+@triton.jit
+def exp2_less_one(x):
+    """2^x - 1 for x <= 0, with the digits of x near 0."""
+    z = x * LN2
+    near = z * (1.0 / 720.0) + 1.0 / 120.0
+    near = z * near + 1.0 / 24.0
+    near = z * near + 1.0 / 6.0
+    near = z * (z * near + 0.5) * z + z
+    return tl.where(z > -0.25, near, tl.exp2(x) - 1.0)
 
 
 @triton.jit(do_not_specialize=["count"])
 def windows_kernel(
-    costs, spans, group_norm, blocks, first, count, windows, flag,
+    costs, spans, group_norm, blocks, first, count, windows, flag, most,
     COLUMNS: tl.constexpr, WHAT: tl.constexpr, CHECK: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """windows (lines, spans of the other side) of a block: one reduction per line and span.
 
-    CHECK: raise the flag on costs that are not finite.
+    CHECK: raise the flag on costs that are not between -most and most.
     """
     task = tl.program_id(0).to(tl.int64)
     b = find(first, count, task)
@@ -93,12 +107,12 @@ def windows_kernel(
                 place = origin + line[:, None] * ld + k[None, :]
             c = tl.load(place, mask=inside, other=0.0)
             if CHECK:
-                broken = (inside & ~(tl.abs(c) < float("inf"))).to(tl.int32)
+                broken = (inside & ~(tl.abs(c) < most)).to(tl.int32)
                 bad = tl.maximum(bad, tl.max(tl.max(broken, 1), 0))
             if WHAT == 0:
                 found = tl.minimum(found, tl.min(tl.where(inside, c, float("inf")), 1))
             else:
-                found += tl.sum(tl.where(inside, tl.exp2(c * c * to_exponent), 0.0), 1)
+                found += tl.sum(tl.where(inside, exp2_less_one(c * c * to_exponent), 0.0), 1)
             at += W
         tl.store(out + line * count_spans + s, found, mask=there)
         s += 1
@@ -176,13 +190,13 @@ def means_kernel(
 
 def windows(
     group_norm: Tensor, spans: Tensor, chunk: Chunk, costs: Tensor, out: Tensor,
-    flag: Tensor | None, *, columns: bool, what: int, longest: int,
+    flag: Tensor | None, *, columns: bool, what: int, longest: int, most: float = math.inf,
 ) -> None:  # fmt: skip
     """Reductions of a chunk's token costs over the spans of the other side."""
     tasks = chunk.col_lines if columns else chunk.row_lines
     windows_kernel[tasks.total,](
         costs, spans, group_norm, chunk.blocks, tasks.first, len(chunk.blocks), out,
-        out if flag is None else flag, COLUMNS=columns, WHAT=what, CHECK=flag is not None,
+        out if flag is None else flag, most, COLUMNS=columns, WHAT=what, CHECK=flag is not None,
         L=LINES, W=min(MOST, triton.next_power_of_2(longest)),
     )  # fmt: skip
 

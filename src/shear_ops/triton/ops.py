@@ -33,6 +33,7 @@ from .columns import (
     COL_SPAN,
     COL_SPANS,
     PAIR_OFFSET,
+    ROLLOUT_GROUP,
     ROLLOUT_SPAN_END,
     ROW_SPAN,
     ROW_SPANS,
@@ -42,9 +43,11 @@ from .columns import (
 )
 from .nearest import Pairs
 from .pipeline import BYTES_PER_PAIR, COSINE, MMD, Found, Options, run, token_weights
+from .states import NO_GROUP
 from .tables import Tables, problem_tables, tables_of
 
 RECENT = 4  # tables that are kept for calls with the same lengths, groups and labels
+COST = _C.CHOICES["reg_unit"].index("cost")
 _recent: OrderedDict[Hashable, Tables] = OrderedDict()
 _captured: dict[Hashable, Tables] = {}  # graphs read them for as long as they live
 _said_stopped = False  # once per process
@@ -58,7 +61,7 @@ def span_weights(
         given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
         found = run(hidden.contiguous(), tables, given)
         weights = token_weights(found, tables, given)
-        _check_finite(found, given, cu_seqlens, group_ids)
+        _check_finite(found, tables, given, cu_seqlens, group_ids)
     return weights
 
 
@@ -69,7 +72,7 @@ def span_distances(
     with _on(hidden):
         given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
         found = run(hidden.contiguous(), tables, given)
-        _check_finite(found, given, cu_seqlens, group_ids)
+        _check_finite(found, tables, given, cu_seqlens, group_ids)
     best = found.nearest
     column = tables.spans.unbind(1)
     places = torch.stack([column[SPAN_ROLLOUT], column[SPAN_BEGIN], column[SPAN_END]], 1)
@@ -104,7 +107,7 @@ def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
                 matrix[row : row + n, col - rows : col - rows + m] = part
 
         found = run(hidden, tables, given, offer)
-        _check_finite(found, given, offsets, offsets[:0])
+        _check_finite(found, tables, given, offsets, offsets[:0])
     return matrix
 
 
@@ -117,7 +120,9 @@ def sinkhorn(
     """Value, residual and iterations (B,) of transport problems, costs (B, n, m)."""
     given = {**_defaults("sinkhorn"), **options}
     reg, n_iters, tol = given["reg"], given["n_iters"], given["tol"]
-    _check_config({**_defaults("span_weights"), "reg": reg, "n_iters": n_iters, "tol": tol})
+    _check_config(
+        {**_defaults("span_weights"), "reg_unit": COST, "reg": reg, "n_iters": n_iters, "tol": tol}
+    )
     check_op_cost(cost)
     _check_on_gpu("cost", cost)
     if capturing(cost):
@@ -136,12 +141,12 @@ def sinkhorn(
         costs = cost.contiguous()
         tables = problem_tables(rows, cols, n, m, device)
         chunk, longest = tables.chunks[0], tables.longest
-        one = cost.new_ones(1)
+        one, most = cost.new_ones(1), _C.most_cost(reg)
         flag = torch.zeros(1, dtype=torch.int32, device=device)
         room = cost.new_empty(chunk.window_floats)
         for columns in (False, True):
             bounds.windows(one, tables.spans, chunk, costs, room, flag, columns=columns,
-                           what=bounds.MINIMUM, longest=longest)  # fmt: skip
+                           what=bounds.MINIMUM, longest=longest, most=most)  # fmt: skip
             bounds.means(one, tables.spans, chunk, room, pairs.value, None, columns=columns,
                          what=bounds.BOUND, longest=longest)  # fmt: skip
         counts = torch.zeros(4, dtype=torch.int64, device=device)
@@ -149,7 +154,7 @@ def sinkhorn(
         queue.solve(tables, chunk, one, costs, pairs, best, counts, reg=reg, unit_is_norm=False,
                     n_iters=n_iters, tol=tol, prune=False)  # fmt: skip
         if int(flag):
-            raise ValueError("cost must be finite, got NaN or Inf")
+            raise ValueError(_C.bad_cost())
     return tuple(pairs)  # type: ignore[return-value]
 
 
@@ -208,13 +213,22 @@ def _prepare(
     return given, tables
 
 
-def _check_finite(found: Found, given: Options, cu_seqlens: Tensor, group_ids: Tensor) -> None:
+def _check_finite(
+    found: Found, tables: Tables, given: Options, cu_seqlens: Tensor, group_ids: Tensor
+) -> None:
     """The only point at which a call waits for the device; warns of stopped pairs, once."""
     global _said_stopped
     if not given.check_finite:
         return
-    if (token := int(found.states.bad_token)) < len(found.states.hidden):
+    token, faint = torch.cat([found.states.bad_token, found.states.faint_group]).tolist()
+    if token < len(found.states.hidden):
         raise ValueError(_C.not_finite(token, cu_seqlens.tolist(), group_ids.tolist()))
+    if faint < NO_GROUP:
+        norm = float(np.array(faint >> 32, np.int32).view(np.float32))
+        rollouts = tables.host["rollouts"]
+        member = int((rollouts[:, ROLLOUT_GROUP] == faint & 0xFFFFFFFF).argmax())
+        group = int(group_ids[member]) if len(group_ids) else None
+        raise ValueError(_C.too_faint(norm, group))
     *_, solved, stopped = found.counts.tolist()
     if stopped and not _said_stopped:
         _said_stopped = True

@@ -132,7 +132,9 @@ def solve_pair(
                 else:
                     sum_f, sum_g = large.dual_sums(costs, plan)
                 dual = (sum_f / rows + sum_g / cols) * unit  # at most W1
-                bound = larger(bound, tl.where(dual < float("inf"), dual, bound))
+                # potentials are rounded in units of eps: no bound where costs range over less
+                sharp = (dual < float("inf")) & (costs_range >= 1.0)
+                bound = larger(bound, tl.where(sharp, dual, bound))
                 abandoned = beaten(bound, rivals)
                 done = abandoned
                 distance = bound
@@ -142,7 +144,9 @@ def solve_pair(
                     else:
                         value, missing = large.corrected(costs, plan, APPROXIMATE)
                     # stopped at a heat, nothing may be left of the plan at 1: all mass is missing
-                    error = tl.where(missing < 2.0 * rows, missing / rows, 2.0)
+                    # a value that is no number has not converged
+                    sound = (missing < 2.0 * rows) & (value < float("inf"))
+                    error = tl.where(sound, missing / rows, 2.0)
                     distance = larger(bound, value / rows * unit)
                     done = last | (error <= solve.tolerance(tol, travel, eps, distance))
                 schedule = solve.after_dual(schedule, it, finish)

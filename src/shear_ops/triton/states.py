@@ -16,6 +16,10 @@ from .tasks import TOKENS, find
 
 TOKENS_AT_ONCE = 16
 DIMS = 64
+NO_GROUP = 2**63 - 1
+MOST = tl.constexpr(_C.MOST_NORM**2)
+LEAST_NORM = tl.constexpr(_C.LEAST_NORM)
+FAINT = tl.constexpr(_C.FAINT_NORM**2)  # the smallest normal number
 
 
 class States(NamedTuple):
@@ -27,7 +31,9 @@ class States(NamedTuple):
         center: (G, d) float32, the groups' mean states.
         centered: (G,) int32, 1 if token costs are made of centred states.
         group_norm, rollout_norm: (G,) and (B,) float32, mean norms.
-        bad_token: (1,) int64, first token that is not finite, or N.
+        bad_token: (1,) int64, first token that is not finite or too large, or N.
+        faint_group: (1,) int64, float bits of the mean norm of the faintest group that is refused,
+            and its index in the low half; or NO_GROUP.
     """
 
     hidden: Tensor
@@ -37,13 +43,17 @@ class States(NamedTuple):
     group_norm: Tensor
     rollout_norm: Tensor
     bad_token: Tensor
+    faint_group: Tensor
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def sq_norm_kernel(
     hidden, sq_norm, bad_token, tokens, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr
 ):
-    """||x||^2 of every token, and the first token whose one is not finite."""
+    """||x||^2 of every token, NaN where it is out of range, and the first token where it is.
+
+    A state that is not zero although its squares are has FAINT.
+    """
     token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     there = token < tokens
     lane = tl.arange(0, D)
@@ -54,8 +64,17 @@ def sq_norm_kernel(
         x = x.to(tl.float32)
         squares += x * x
     total = tl.sum(squares, 1)
-    tl.store(sq_norm + token, total, mask=there)
-    bad = there & ~(total < float("inf"))
+    vanished = there & (total < FAINT)
+    if tl.max(vanished.to(tl.int32), 0) > 0:
+        seen = tl.zeros((T,), tl.int32)
+        for k in range(0, DIM, D):
+            inside = vanished[:, None] & (k + lane < DIM)[None, :]
+            x = tl.load(hidden + token[:, None] * DIM + k + lane[None, :], mask=inside, other=0.0)
+            bits = x.to(tl.float32).to(tl.int32, bitcast=True)  # no comparison: it may flush
+            seen |= tl.max(((bits << 1) != 0).to(tl.int32), 1)
+        total = tl.where(seen > 0, FAINT, total)
+    bad = there & ~(total < MOST)
+    tl.store(sq_norm + token, tl.where(bad, float("nan"), total), mask=there)
     first = tl.min(tl.where(bad, token, tokens), 0)
     if first < tokens:
         tl.atomic_min(bad_token, first)
@@ -77,8 +96,8 @@ def rollout_norm_kernel(sq_norm, rollouts, rollout_norm, T: tl.constexpr):
 
 
 @triton.jit
-def group_norm_kernel(rollout_norm, rollouts, first_member, members, group_norm):
-    """Mean norm of every group over all of its tokens."""
+def group_norm_kernel(rollout_norm, rollouts, first_member, members, group_norm, faint_group):
+    """Mean norm of every group over all of its tokens, NaN where that is too small."""
     g = tl.program_id(0)
     at = tl.load(first_member + g)
     end = tl.load(first_member + g + 1)
@@ -91,7 +110,11 @@ def group_norm_kernel(rollout_norm, rollouts, first_member, members, group_norm)
         total += tl.load(rollout_norm + i) * length
         tokens += length
         at += 1
-    tl.store(group_norm + g, total / tokens)
+    norm = total / tokens
+    if (norm > 0) & (norm < LEAST_NORM):  # positive floats: their bits have their order
+        tl.atomic_min(faint_group, (norm.to(tl.int32, bitcast=True).to(tl.int64) << 32) | g)
+        norm = float("nan")
+    tl.store(group_norm + g, norm)
 
 
 @triton.jit
@@ -188,6 +211,7 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
 
     sq_norm, rollout_norm, group_norm = new(tokens), new(rollouts), new(groups)
     bad_token = torch.full((1,), tokens, dtype=torch.int64, device=hidden.device)
+    faint_group = torch.full((1,), NO_GROUP, dtype=torch.int64, device=hidden.device)
     wide = min(1024, triton.next_power_of_2(dim))
     if tokens:
         grid = (triton.cdiv(tokens, TOKENS_AT_ONCE),)
@@ -197,11 +221,13 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
     if rollouts:
         rollout_norm_kernel[rollouts,](sq_norm, tables.rollouts, rollout_norm, T=1024)
     means, centered = new(groups, dim if center else 0), new(groups, dtype=torch.int32)
-    states = States(hidden, sq_norm, means, centered, group_norm, rollout_norm, bad_token)
+    states = States(
+        hidden, sq_norm, means, centered, group_norm, rollout_norm, bad_token, faint_group
+    )
     if not groups:
         return states
     members = tables.rollouts, tables.first_member, tables.members
-    group_norm_kernel[groups,](rollout_norm, *members, group_norm)
+    group_norm_kernel[groups,](rollout_norm, *members, group_norm, faint_group)
     if not center:
         return states
     slices = triton.cdiv(dim, DIMS)

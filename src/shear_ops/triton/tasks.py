@@ -35,6 +35,6 @@ def find(first, count, task, STRIDE: tl.constexpr = 1):
 
 @triton.jit
 def has_scale(group_norm, group):
-    """Not so if all states of a group are zero, or one is not finite: nothing is computed then."""
+    """Not so if all states are zero, too faint or one is not finite: nothing is computed then."""
     norm = tl.load(group_norm + group)
     return (norm > 0) & (norm < float("inf"))
