@@ -33,8 +33,8 @@ SHEAR_HOST_DEVICE float most_cost(double reg) {
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 // A scaling is updated by y^-omega, y its marginal over the wanted one, omega = 2 - 2^-level.
 constexpr int kTopLevel = 5;
-constexpr int kFresh =
-    -1;  // no iteration at this heat yet: over-relaxed from the start can diverge
+// The level before the first iteration at a heat: over-relaxed from the start can diverge.
+constexpr int kFresh = -1;
 constexpr unsigned kTestEvery = 4;     // iterations from one choice of the level to the next
 constexpr float kRetreatRatio = 1.5f;  // growth of the residual that asks for a lower level
 constexpr unsigned kFirstCheck = 4;    // iterations before the first dual value; then twice as many
@@ -123,6 +123,7 @@ struct Solution {
   bool abandoned;
 };
 
+// How far the potentials of a plan at heat 1 may be from their limit.
 template <typename Engine>
 SHEAR_HOST_DEVICE float travel(const Engine& engine, float tol) {
   if (!may_hide(engine.rows(), engine.cols(), tol)) return engine.entropy();
@@ -197,6 +198,7 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
     if (!(residual < __builtin_huge_valf())) {  // diverged: back to the last absorbed potentials
       level = 0;
       engine.reset();
+      if (last) engine.set_heat(1.f);  // what corrected_value() wants
       rebuild = true;
       continue;
     }

@@ -112,7 +112,7 @@ def solve_pair(
             last = it >= n_iters
             hot = schedule.heat > 1.0
             finish = last | (~hot & solve.settled(schedule, residual, it, wanted))
-            cool = hot & ~lost & (last | (residual <= wanted))
+            cool = hot & (last | (~lost & (residual <= wanted)))
             before = schedule.heat
             schedule = solve.after_updates(schedule, residual, it, lost)
             if cool:
