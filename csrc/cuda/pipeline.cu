@@ -190,8 +190,8 @@ void Pipeline::check_finite() const {
   stream_.read(&faint, &call_.counters->faint_group, sizeof faint);
   if (faint != ~0ull)
     throw std::invalid_argument(
-        too_faint(std::bit_cast<float>(static_cast<uint32_t>(faint >> 32)),
-                  id_of_group(problem_, static_cast<int64_t>(faint & 0xffffffffu))));
+        too_faint(std::bit_cast<float>(static_cast<uint32_t>(faint & 0xffffffffu)),
+                  id_of_group(problem_, static_cast<int64_t>(faint >> 32))));
 }
 
 void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverPlan& plan) {
