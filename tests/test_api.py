@@ -468,6 +468,10 @@ def test_no_weight_is_infinite(
         settings = SpanConfig(
             **CONFIG, normalization=normalization, pooling=pooling, distance=distance
         )
+        if len(zero) == 3 and size == 1e-30 and backend != "reference":
+            with pytest.raises(ValueError, match="must have a mean norm of at least"):
+                weights_of(**given, config=settings, backend=backend)
+            continue
         seen = weights_of(**given, config=settings, backend=backend)
         assert seen.isfinite().all()
         assert (seen[:106] < 100).all()

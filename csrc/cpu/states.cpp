@@ -61,21 +61,15 @@ void Pipeline::measure_norms() {
   refuse_faint_groups();
 }
 
-// The faintest is named; with the check off, such a group has no norm.
+// The first is named; with the check off, such a group has no norm.
 void Pipeline::refuse_faint_groups() {
-  size_t faintest = 0;
-  bool found = false;
   for (size_t g = 0; g < group_norm_.size(); ++g) {
-    if (!(group_norm_[g] > 0 && group_norm_[g] < kLeastNorm)) continue;
-    if (!found || group_norm_[g] < group_norm_[faintest]) faintest = g;
-    found = true;
+    double& norm = group_norm_[g];
+    if (!(norm > 0 && norm < kLeastNorm)) continue;
+    if (config_.check_finite)
+      throw std::invalid_argument(too_faint(norm, id_of_group(problem_, static_cast<int64_t>(g))));
+    norm = std::numeric_limits<double>::quiet_NaN();
   }
-  if (!found) return;
-  if (config_.check_finite)
-    throw std::invalid_argument(
-        too_faint(group_norm_[faintest], id_of_group(problem_, static_cast<int64_t>(faintest))));
-  for (double& norm : group_norm_)
-    if (norm > 0 && norm < kLeastNorm) norm = std::numeric_limits<double>::quiet_NaN();
 }
 
 // False: all states are zero, or not finite or too faint with the check off. Such a group is not

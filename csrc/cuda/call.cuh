@@ -12,7 +12,7 @@ namespace shear::cuda {
 struct Counters {
   unsigned long long counts[kCounts];
   unsigned long long bad_token;  // the first that is not finite; all ones: none
-  // bits of the mean norm of the faintest group below kLeastNorm, and which; all ones: none
+  // the first group with a mean norm below kLeastNorm, and its bits; all ones: none
   unsigned long long faint_group;
   uint32_t seeds, seeds_taken;  // queue of seeds: its length, how far it is
   uint32_t queued, taken;       // and the main queue

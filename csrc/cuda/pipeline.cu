@@ -189,8 +189,8 @@ void Pipeline::check_finite() const {
         not_finite(static_cast<int64_t>(seen.bad_token), problem_.cu_seqlens, problem_.group_ids));
   if (seen.faint_group != ~0ull)
     throw std::invalid_argument(
-        too_faint(std::bit_cast<float>(static_cast<uint32_t>(seen.faint_group >> 32)),
-                  id_of_group(problem_, static_cast<int64_t>(seen.faint_group & 0xffffffffu))));
+        too_faint(std::bit_cast<float>(static_cast<uint32_t>(seen.faint_group & 0xffffffffu)),
+                  id_of_group(problem_, static_cast<int64_t>(seen.faint_group >> 32))));
   warn_of_stopped(static_cast<int64_t>(seen.counts[kStopped]),
                   static_cast<int64_t>(seen.counts[kSolved]), config_.n_iters);
 }

@@ -77,10 +77,9 @@ __global__ void __launch_bounds__(kThreads) mean_group_norms(const Call call) {
   const double norm = sum / tokens;
   const bool faint = norm > 0 && norm < kLeastNorm;
   call.group_norm[g] = faint ? static_cast<double>(__uint_as_float(0x7fc00000u)) : norm;
-  if (faint)  // positive floats: their bits have their order
+  if (faint)
     atomicMin(&call.counters->faint_group,
-              static_cast<unsigned long long>(__float_as_uint(static_cast<float>(norm))) << 32 |
-                  static_cast<unsigned long long>(g));
+              static_cast<unsigned long long>(g) << 32 | __float_as_uint(static_cast<float>(norm)));
 }
 
 }  // namespace shear::cuda

@@ -224,9 +224,9 @@ def _check_finite(
     if token < len(found.states.hidden):
         raise ValueError(_C.not_finite(token, cu_seqlens.tolist(), group_ids.tolist()))
     if faint < NO_GROUP:
-        norm = float(np.array(faint >> 32, np.int32).view(np.float32))
+        norm = float(np.array(faint & 0xFFFFFFFF, np.uint32).view(np.float32))
         rollouts = tables.host["rollouts"]
-        member = int((rollouts[:, ROLLOUT_GROUP] == faint & 0xFFFFFFFF).argmax())
+        member = int((rollouts[:, ROLLOUT_GROUP] == faint >> 32).argmax())
         group = int(group_ids[member]) if len(group_ids) else None
         raise ValueError(_C.too_faint(norm, group))
     *_, solved, stopped = found.counts.tolist()

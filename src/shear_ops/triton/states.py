@@ -32,8 +32,8 @@ class States(NamedTuple):
         centered: (G,) int32, 1 if token costs are made of centred states.
         group_norm, rollout_norm: (G,) and (B,) float32, mean norms.
         bad_token: (1,) int64, first token that is not finite or too large, or N.
-        faint_group: (1,) int64, float bits of the mean norm of the faintest group that is refused,
-            and its index in the low half; or NO_GROUP.
+        faint_group: (1,) int64, index of the first group that is refused for its mean norm, whose
+            float bits are the low half; or NO_GROUP.
     """
 
     hidden: Tensor
@@ -111,8 +111,9 @@ def group_norm_kernel(rollout_norm, rollouts, first_member, members, group_norm,
         tokens += length
         at += 1
     norm = total / tokens
-    if (norm > 0) & (norm < LEAST_NORM):  # positive floats: their bits have their order
-        tl.atomic_min(faint_group, (norm.to(tl.int32, bitcast=True).to(tl.int64) << 32) | g)
+    if (norm > 0) & (norm < LEAST_NORM):
+        bits = norm.to(tl.int32, bitcast=True).to(tl.int64)
+        tl.atomic_min(faint_group, (g.to(tl.int64) << 32) | bits)
         norm = float("nan")
     tl.store(group_norm + g, norm)
 
