@@ -173,10 +173,12 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
       if (beaten(progress.bound)) return {progress.bound, 0.f, 0, true};
       if (finish) {
         Solution out = engine.corrected_value();
-        // stopped at a heat: nothing may be left of the plan at 1, and then all mass is missing. A
-        // value that is no number has not converged.
-        if (!(out.residual < 2.f && out.distance < __builtin_huge_valf())) out.residual = 2.f;
-        out.distance = larger(progress.bound, out.distance);
+        // Stopped at a heat, nothing may be left of the plan at 1: all mass is missing, and a value
+        // that is no number has not converged.
+        const bool known =
+            out.residual < 2.f && out.distance < __builtin_huge_valf() && !(engine.heat() > 1.f);
+        if (!known) out.residual = 2.f;
+        out.distance = known ? larger(progress.bound, out.distance) : progress.bound;
         out.iterations = static_cast<int>(it);
         if (it >= n_iters ||
             out.residual <= tolerance(tol, progress.travel, engine.eps(), out.distance))
@@ -198,7 +200,6 @@ SHEAR_HOST_DEVICE Solution solve_pair(Engine& engine, unsigned n_iters, float to
     if (!(residual < __builtin_huge_valf())) {  // diverged: back to the last absorbed potentials
       level = 0;
       engine.reset();
-      if (last) engine.set_heat(1.f);  // what corrected_value() wants
       rebuild = true;
       continue;
     }
