@@ -143,8 +143,8 @@ def solve_pair(
                         value, missing = tile.corrected(costs, plan, SIZE, LANES, APPROXIMATE)
                     else:
                         value, missing = large.corrected(costs, plan, APPROXIMATE)
-                    # Stopped at a heat, nothing may be left of the plan at 1: all mass is missing, and
-                    # a value that is no number has not converged.
+                    # Stopped at a heat, nothing may be left of the plan at 1: all mass is missing,
+                    # and a value that is no number has not converged.
                     sound = (missing < 2.0 * rows) & (value < float("inf"))
                     error = tl.where(sound, missing / rows, 2.0)
                     distance = tl.where(sound, larger(bound, value / rows * unit), bound)
