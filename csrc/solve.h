@@ -45,7 +45,8 @@ constexpr float kToleranceShare = 0.2f;  // of the distance that tol's share of 
 // than kHotRange (times eps ln 2), the pair is solved at eps times a power of kCooling first.
 constexpr float kHotRange = 256.f, kCooling = 4.f;
 constexpr float kLeastResidual = 2e-5f;  // that is asked for there: float32 sums reach it
-// One over-relaxed update may stretch a scaling 5-fold in log: 2^100 is still a float.
+// Scalings beyond are absorbed. An over-relaxed update may stretch one several-fold in log: what
+// leaves float32 all the same counts as diverged.
 constexpr int kDriftBits = 20;
 constexpr float kDriftHigh = 1 << kDriftBits, kDriftLow = 1 / kDriftHigh;
 
