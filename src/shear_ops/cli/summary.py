@@ -93,9 +93,11 @@ def _p95(weights: Tensor) -> float:
 
 
 def group_rows(scores: Scores) -> list[dict[str, Any]]:
-    """One row per group, in order of appearance."""
+    """One row per group, in order of appearance; stopped counts spans."""
     rows = []
     rollouts, all_labels = scores.rollouts, scores.rollouts.labels.tolist()
+    not_converged = scores.found.iterations >= scores.config.n_iters
+    stopped = scores.found.rollout[not_converged].bincount(minlength=len(rollouts)).tolist()
     for group_id, members in rollouts.groups.items():
         labels = [all_labels[i] for i in members]
         own = torch.cat([scores.weights_of(i) for i in members])
@@ -109,6 +111,7 @@ def group_rows(scores: Scores) -> list[dict[str, Any]]:
             "mean": float(own.mean()) if len(own) else None,
             "p95": _p95(own) if len(own) else None,
             "max": float(own.max()) if len(own) else None,
+            "stopped": sum(stopped[i] for i in members),
             "auc": mistake_auc(rollouts, scores.weights, members)["pooled"],
         })  # fmt: skip
     return rows
