@@ -136,6 +136,21 @@ py::dict choices() {
 }
 
 // The constants of csrc/solve.h, for Triton and the tests.
+// What shear::travel asks of an engine.
+struct Pair {
+  int n, m;
+  float entropy_term, eps_of_pair, range_of_costs;
+  int rows() const { return n; }
+  int cols() const { return m; }
+  float entropy() const { return entropy_term; }
+  float eps() const { return eps_of_pair; }
+  float range() const { return range_of_costs; }
+};
+
+float travel(int n, int m, float tol, float entropy, float eps, float range) {
+  return shear::travel(Pair{n, m, entropy, eps, range}, tol);
+}
+
 py::dict solver() {
   py::dict out;
   out["far"] = shear::kFar;
@@ -150,6 +165,8 @@ py::dict solver() {
   out["entropy_offset"] = shear::kEntropyOffset;
   out["hot_range"] = shear::kHotRange;
   out["cooling"] = shear::kCooling;
+  out["few_tokens"] = shear::kFewTokens;
+  out["few_travel"] = shear::kFewTravel;
   out["least_residual"] = shear::kLeastResidual;
   out["fresh"] = shear::kFresh;
   return out;
@@ -250,6 +267,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("distance"));
   m.def("entropy_term", &shear::entropy_term, py::arg("eps"), py::arg("log_longest"));
   m.def("may_hide", &shear::may_hide, py::arg("n"), py::arg("m"), py::arg("tol"));
+  m.def("travel", &travel, py::arg("n"), py::arg("m"), py::arg("tol"), py::arg("entropy"),
+        py::arg("eps"), py::arg("range"));
   m.def("first_heat", &shear::first_heat, py::arg("range"));
   m.def("stopped_warning", &shear::stopped_warning, py::arg("stopped"), py::arg("solved"),
         py::arg("n_iters"));
@@ -257,7 +276,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("labels"), py::kw_only(), py::arg("tokens"));
   m.def("not_finite", &shear::not_finite, py::arg("token"), py::arg("cu_seqlens"),
         py::arg("group_ids"));
-  m.def("too_faint", &shear::too_faint, py::arg("norm"), py::arg("group"));
+  m.def(
+      "most_norm",
+      [](int64_t distance, int64_t reg_unit, double reg) {
+        return shear::most_norm(
+            shear::make_config({.reg = reg, .reg_unit = reg_unit, .distance = distance}));
+      },
+      py::arg("distance"), py::arg("reg_unit"), py::arg("reg"));
+  m.def("unfit_norm", &shear::unfit_norm, py::arg("norm"), py::arg("group"), py::arg("reg"));
   m.def("bad_cost", &shear::bad_cost);
   m.def("most_cost", &shear::most_cost, py::arg("reg"));
   m.def("plan", &plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),

@@ -70,7 +70,7 @@ Config make_config(const Options& given) {
           "reg must be positive and finite, got " + std::to_string(given.reg));
   // what times any norm, or any norm over it, is a float32
   const bool of_norm = given.reg_unit == static_cast<int64_t>(RegUnit::kMeanNorm);
-  const double least = of_norm ? 1e-20 : 1e-36, most = of_norm ? 1e14 : kMostCost;
+  const double least = of_norm ? kLeastReg : 1e-36, most = of_norm ? 1e14 : kMostCost;
   require(given.reg >= least && given.reg <= most,
           "reg must be in [" + short_number(least) + ", " + short_number(most) + "] in units of " +
               (of_norm ? "the mean norm" : "cost") + ", got " + short_number(given.reg));
@@ -184,7 +184,19 @@ std::string stopped_warning(int64_t stopped, int64_t solved, int64_t n_iters) {
          "says which spans have iterations == n_iters (said once per process)";
 }
 
-std::string too_faint(double norm, std::optional<int64_t> group) {
+double most_norm(const Config& config) {
+  const bool of_cost = config.reg_unit == RegUnit::kCost;
+  return config.distance == Distance::kSinkhorn && of_cost
+             ? config.reg / kLeastReg
+             : std::numeric_limits<double>::infinity();
+}
+
+std::string unfit_norm(double norm, std::optional<int64_t> group, double reg) {
+  if (norm >= kLeastNorm)
+    return "reg must be at least " + short_number(kLeastReg) +
+           " of the mean norm of every group, got " + short_number(reg) +
+           " (reg_unit='cost') and a mean norm of " + short_number(norm) +
+           (group ? " in group " + std::to_string(*group) : "");
   const std::string least = short_number(kLeastNorm);
   // less is not measured, see kFaintNorm
   const std::string seen = norm < 1e-18 ? "less than 1e-18" : short_number(norm);

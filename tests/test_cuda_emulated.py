@@ -210,6 +210,12 @@ def test_sinkhorn(n: int, m: int) -> None:
     assert (iterations < 500).all()
 
 
+def test_a_reg_in_units_of_cost_far_below_the_norms() -> None:
+    given = PROBLEMS[0].arguments(torch.float32)
+    with pytest.raises(ValueError, match="reg must be at least 1e-20 of the mean norm"):
+        span_distances(given, {"reg": 1e-36, "reg_unit": "cost"})
+
+
 def test_stops_at_n_iters_and_recovers() -> None:
     """Small reg, where over-relaxed scalings overflow: still finite, above its bounds, and right."""
     generator = torch.Generator().manual_seed(0)

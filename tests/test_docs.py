@@ -108,6 +108,8 @@ def test_constants_are_those_of_the_code() -> None:
                 "4 E, because",
             ],
         ),
+        "few_tokens": (32, ["between up to 32 tokens each"]),
+        "few_travel": (3, ["E counts 3 times"]),
         "least_residual": (2e-5, ["not less than 2e-5"]),
         "drift_bits": (20, ["[2^-20, 2^20]"]),
     }

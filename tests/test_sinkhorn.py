@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 import shear_ops
 from shear_ops import reference
+from test_backends import COMPILED, device_of
 
 ot = pytest.importorskip("ot", reason="POT is the judge here")
 
@@ -83,6 +84,23 @@ def test_each_problem_stops_by_itself() -> None:
         for seen, wanted in zip(batch, alone, strict=True):
             assert torch.equal(seen[k], wanted)
     assert batch.iterations[1] > batch.iterations[0]
+
+
+# Found by a search for the worst: each stopped more than 2e-3 of max(value, reg) off.
+FEW_TOKENS = (
+    [[0, 101, 10.75, 52], [70.25, 35.25, 37.75, 3], [30.5, 44.25, 0, 3.25], [5, 0.75, 31.25, 32.75]],
+    [[1.75, 0.5, 71.5], [106.25, 0.25, 177.25], [9.75, 17.5, 1]],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("cost", FEW_TOKENS, ids=lambda rows: f"{len(rows)} tokens")
+def test_few_tokens_whose_potentials_have_far_to_go(backend: str, cost: list[list[float]]) -> None:
+    given = torch.tensor(cost)
+    wanted = reference.sinkhorn(given.double()[None], 1.0, n_iters=100_000, tol=1e-9).value
+    seen = shear_ops.sinkhorn(given.to(device_of(backend)), reg=1.0, backend=backend)
+    assert seen.converged
+    assert float(seen.value) == pytest.approx(float(wanted), abs=2e-3 * max(1, float(wanted)))
 
 
 def test_signs_scale_and_layout() -> None:

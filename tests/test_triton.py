@@ -148,6 +148,11 @@ def test_rules_are_those_of_solve_h(device: torch.device) -> None:
         rules.may_hide_kernel[1,](n, m, 5e-3, hidden)
         assert bool(hidden) == _C.may_hide(n=n, m=m, tol=5e-3), (n, m)
     assert {_C.may_hide(n=n, m=m, tol=5e-3) for n, m in sizes} == {False, True}
+    for n, m in (*sizes, (8, 8), (32, 400), (33, 33), (500, 32)):
+        for costs_range in (0.5, 200.0, 300.0, 5000.0):
+            rules.travel_kernel[1,](n, m, 5e-3, 0.7, 0.1, costs_range, out)
+            wanted_travel = _C.travel(n, m, 5e-3, entropy=0.7, eps=0.1, range=costs_range)
+            assert out[0].item() == pytest.approx(wanted_travel, rel=1e-6), (n, m, costs_range)
     for costs_range in (0.0, 255.0, 257.0, 1023.0, 1025.0, 1e6):
         rules.first_heat_kernel[1,](costs_range, out)
         assert out[0].item() == _C.first_heat(costs_range)

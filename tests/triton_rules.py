@@ -31,6 +31,13 @@ def tolerance_kernel(tol, entropies, eps, distances, out, N: tl.constexpr):
 
 
 @triton.jit
+def travel_kernel(n, m, tol, entropy, eps, costs_range, out):
+    heat = solve.first_heat(costs_range)
+    at = n + tl.program_id(0), m + tl.program_id(0)
+    tl.store(out, solve.travel(at[0], at[1], tol, entropy, eps, heat, costs_range))
+
+
+@triton.jit
 def may_hide_kernel(n, m, tol, out):
     """Whether missing mass can hide, as 0 or 1."""
     tl.store(out, solve.may_hide(n + tl.program_id(0), m + tl.program_id(0), tol).to(tl.int32))

@@ -51,7 +51,7 @@ class Pipeline {
 
   // states.cpp
   void measure_norms();
-  void refuse_faint_groups();
+  void refuse_unfit_groups();
   void center_groups();
   bool has_scale(int64_t group) const;
   const float* center(int64_t group) const;

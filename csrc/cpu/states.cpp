@@ -58,16 +58,18 @@ void Pipeline::measure_norms() {
   }
   for (size_t g = 0; g < group_norm_.size(); ++g)
     group_norm_[g] /= static_cast<double>(group_tokens[g]);
-  refuse_faint_groups();
+  refuse_unfit_groups();
 }
 
 // The first is named; with the check off, such a group has no norm.
-void Pipeline::refuse_faint_groups() {
+void Pipeline::refuse_unfit_groups() {
+  const double most = most_norm(config_);
   for (size_t g = 0; g < group_norm_.size(); ++g) {
     double& norm = group_norm_[g];
-    if (!(norm > 0 && norm < kLeastNorm)) continue;
+    if (!(norm > 0 && (norm < kLeastNorm || norm > most) && std::isfinite(norm))) continue;
     if (config_.check_finite)
-      throw std::invalid_argument(too_faint(norm, id_of_group(problem_, static_cast<int64_t>(g))));
+      throw std::invalid_argument(
+          unfit_norm(norm, id_of_group(problem_, static_cast<int64_t>(g)), config_.reg));
     norm = std::numeric_limits<double>::quiet_NaN();
   }
 }

@@ -13,7 +13,7 @@ struct Counters {
   unsigned long long counts[kCounts];
   unsigned long long bad_token;  // the first that is not finite; all ones: none
   // the first group with a mean norm below kLeastNorm, and its bits; all ones: none
-  unsigned long long faint_group;
+  unsigned long long unfit_group;
   uint32_t seeds, seeds_taken;  // queue of seeds: its length, how far it is
   uint32_t queued, taken;       // and the main queue
   uint32_t bucket[kBuckets], bucket_filled[kBuckets];
@@ -29,6 +29,7 @@ struct Call {
   const int32_t* members;
   int64_t span_tokens, stride, strip;
   bool column_minima, chamfer, mean, rollout_norms, mean_pooling;
+  double most_norm;
 
   Counters* counters;
   DeviceSpan* span_table;

@@ -52,6 +52,7 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
   c.column_minima = plan.column_minima;
   c.chamfer = config.distance == Distance::kChamfer;
   c.mean = config.aggregation == Aggregation::kMean;
+  c.most_norm = most_norm(config);
   c.rollout_norms = config.normalization == Normalization::kRollout;
   c.mean_pooling = config.pooling == Pooling::kMean;
   c.counters = at<Counters>(workspace, w.counters);
@@ -191,10 +192,10 @@ void Pipeline::check_finite() const {
   if (seen.bad_token != ~0ull)
     throw std::invalid_argument(
         not_finite(static_cast<int64_t>(seen.bad_token), problem_.cu_seqlens, problem_.group_ids));
-  if (seen.faint_group != ~0ull)
-    throw std::invalid_argument(
-        too_faint(std::bit_cast<float>(static_cast<uint32_t>(seen.faint_group & 0xffffffffu)),
-                  id_of_group(problem_, static_cast<int64_t>(seen.faint_group >> 32))));
+  if (seen.unfit_group != ~0ull)
+    throw std::invalid_argument(unfit_norm(
+        std::bit_cast<float>(static_cast<uint32_t>(seen.unfit_group & 0xffffffffu)),
+        id_of_group(problem_, static_cast<int64_t>(seen.unfit_group >> 32)), config_.reg));
   warn_of_stopped(static_cast<int64_t>(seen.counts[kStopped]),
                   static_cast<int64_t>(seen.counts[kSolved]), config_.n_iters);
 }

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads) begin_call(const Call call) {
     for (int k = 0; k < kCounts; ++k) counters.counts[k] = 0;
     counters.counts[kTotal] = call.pairs;
     counters.bad_token = ~0ull;
-    counters.faint_group = ~0ull;
+    counters.unfit_group = ~0ull;
   }
   if (s >= call.spans) return;
   const int i = last_not_after(call.n_rollouts, s,
@@ -75,10 +75,11 @@ __global__ void __launch_bounds__(kThreads) mean_group_norms(const Call call) {
     tokens += size;
   }
   const double norm = sum / tokens;
-  const bool faint = norm > 0 && norm < kLeastNorm;
-  call.group_norm[g] = faint ? static_cast<double>(__uint_as_float(0x7fc00000u)) : norm;
-  if (faint)
-    atomicMin(&call.counters->faint_group,
+  const bool unfit =
+      norm > 0 && (norm < kLeastNorm || norm > call.most_norm) && norm < __builtin_huge_val();
+  call.group_norm[g] = unfit ? static_cast<double>(__uint_as_float(0x7fc00000u)) : norm;
+  if (unfit)
+    atomicMin(&call.counters->unfit_group,
               static_cast<unsigned long long>(g) << 32 | __float_as_uint(static_cast<float>(norm)));
 }
 

@@ -90,14 +90,17 @@ def sinkhorn(cost: Tensor, reg: float, n_iters: int = 100_000, tol: float = 1e-7
     """Entropic optimal transport between uniform measures, each problem stopping by itself.
 
     Args:
-        cost: (B, n, m) float64. reg: eps, in units of the cost.
+        cost: (B, n, m) or (n, m) float64. reg: eps, in units of the cost.
         n_iters: most iterations. tol: largest L1 marginal error at which a problem stops.
 
     Returns:
         value (B,): sharp cost <P, C> of a plan with exact columns, corrected for the error of its
             rows, <P, C> + <f, a - P 1>, and never below the bounds on W1;
-        residual (B,): |a - P 1|_1 of the same plan; iterations (B,) int64.
+        residual (B,): |a - P 1|_1 of the same plan; iterations (B,) int64. 0-d for a 2-d cost.
     """
+    _check_has_data("cost", cost)
+    if cost.dim() == 2:
+        return Solution(*(t[0] for t in sinkhorn(cost[None], reg, n_iters, tol)))
     if not bool(cost.isfinite().all()):
         raise ValueError("cost must be finite, got NaN or Inf")
     batch, n, m = cost.shape
@@ -291,16 +294,24 @@ def pair_distances(x: Tensor, y: Tensor, **parameters: Any) -> Tensor:
     In units of a token cost; the mean norm in which reg counts is that of both together.
     """
     p = Parameters(**parameters)
-    states = _states(torch.cat([x, y]), p)
+    states = torch.cat([_states(x, p, "x"), _states(y, p, "y")])
     rows, cols = (spans(len(t), p.span, p.stride) for t in (x, y))
     cols = [(len(x) + begin, len(x) + end) for begin, end in cols]
     return _all_pairs(states, rows, cols, states.norm(dim=1).mean().item(), p).value
 
 
-def _states(hidden: Tensor, p: Parameters) -> Tensor:
-    if p.check_finite and not bool(hidden.isfinite().all()):
-        raise ValueError("hidden must be finite, got NaN or Inf")
+def _states(hidden: Tensor, p: Parameters, name: str = "hidden") -> Tensor:
+    _check_has_data(name, hidden)
+    finite = hidden.isfinite().all(1)
+    if p.check_finite and not bool(finite.all()):
+        token = int((~finite).nonzero()[0])
+        raise ValueError(f"{name} must be finite, got NaN or Inf at token {token}")
     return hidden.detach().double()
+
+
+def _check_has_data(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on meta, which has no data: give a tensor on a CPU or GPU")
 
 
 def _mixed_groups(

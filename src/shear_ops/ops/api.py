@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, overload
 
@@ -415,16 +417,44 @@ def sinkhorn(
     if not torch.compiler.is_compiling() and batch.shape[1] < 1:
         raise ValueError(f"cost must have at least one row, got shape {tuple(cost.shape)}")
     problems, rows, columns = batch.shape
-    value, residual, iterations = backends.operators(chosen).sinkhorn(
-        batch.float(),
-        _in_use("n_rows", n_rows, problems, rows),
-        _in_use("n_cols", n_cols, problems, columns),
-        reg=reg,
-        n_iters=n_iters,
-        tol=tol,
-    )
+    n, m = _in_use("n_rows", n_rows, problems, rows), _in_use("n_cols", n_cols, problems, columns)
+    with _naming_the_problem(batch, x, y, n, m, reg):
+        value, residual, iterations = backends.operators(chosen).sinkhorn(
+            batch.float(), n, m, reg=reg, n_iters=n_iters, tol=tol
+        )
     result = SinkhornResult(value, residual, iterations, converged=iterations < n_iters)
     return SinkhornResult(*(t[0] for t in result)) if cost.dim() == 2 else result
+
+
+@contextmanager
+def _naming_the_problem(
+    cost: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    n_rows: Tensor | None,
+    n_cols: Tensor | None,
+    reg: float,
+) -> Iterator[None]:
+    """Where the operator refuses a cost, say of which problem, and whether x or y are why."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error) != _C.bad_cost():
+            raise
+        for name, points in (("x", x), ("y", y)):
+            if points is not None and not bool((finite := points.isfinite().all(2)).all()):
+                problem, point = (~finite).nonzero()[0].tolist()
+                what = f"{name} must be finite, got NaN or Inf at {name}[{problem}, {point}]"
+                raise ValueError(what) from None
+        used = torch.ones_like(cost, dtype=torch.bool)
+        for lengths, dim in ((n_rows, 1), (n_cols, 2)):
+            if lengths is not None:
+                place = torch.arange(cost.shape[dim], device=cost.device)
+                inside = place < lengths.to(cost.device)[:, None]
+                used &= inside[:, :, None] if dim == 1 else inside[:, None]
+        bad = used & ~(cost.abs() < _C.most_cost(reg))
+        problem = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{error} in problem {problem}") from None
 
 
 def _in_use(name: str, given: Integers | None, problems: int, size: int) -> Tensor | None:
@@ -454,11 +484,11 @@ def _euclidean(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x / unit, y / unit, compute_mode=mode) * unit
 
 
-def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
+def labels_from_rewards(rewards: Tensor | Sequence[float], threshold: float = 0.5) -> Tensor:
     """Labels of rollouts from their rewards.
 
     Args:
-        rewards: (B,) numbers.
+        rewards: (B,) numbers, a tensor or a sequence.
         threshold: a rollout is correct if its reward is at least this.
 
     Returns:
@@ -468,7 +498,10 @@ def labels_from_rewards(rewards: Tensor, threshold: float = 0.5) -> Tensor:
         TypeError, ValueError: naming the argument, the value seen and the value wanted.
     """
     if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
+        try:
+            rewards = torch.as_tensor(rewards, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"rewards must be numbers, got {rewards!r:.60}") from error
     check_dense("rewards", rewards)
     if not rewards.is_floating_point() and rewards.dtype not in INTEGER_DTYPES:
         raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")

@@ -254,7 +254,9 @@ def as_integers(name: str, values: Integers, size: int | None = None) -> Tensor:
     if size is not None and tensor.shape[0] != size:
         raise ValueError(f"{name} must have {size} entries, got {tensor.shape[0]}")
     if tensor.dtype not in OP_INTEGER_DTYPES:
-        tensor = tensor.long()
+        wide, tensor = tensor, tensor.long()
+        if wide.dtype is torch.uint64 and not torch.compiler.is_compiling() and (tensor < 0).any():
+            raise ValueError(f"{name} must be below 2^63, got {max(wide.tolist())}")
     if capturing(tensor):
         raise RuntimeError(
             f"{name} must be on the CPU while a graph is captured, got {tensor.device}"

@@ -23,7 +23,7 @@ from ..config import SpanConfig, check_config
 from ..ops import api, backends
 from ..ops.batch import STATE_DTYPES, Batch, Integers, Row, as_integers
 from .link import Link, Move
-from .weighting import Weighting
+from .weighting import Weighting, check_step
 
 
 class GroupWeights(NamedTuple):
@@ -50,7 +50,6 @@ class _Form(NamedTuple):
     rollouts: int
     dim: int
     dtype: int  # index into STATE_DTYPES
-    settings: int  # a hash
 
 
 class _Rollout(NamedTuple):
@@ -103,7 +102,7 @@ def span_weights(
     """
     link = Link(process_group, hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
 
-    def check() -> tuple[Batch, list[int] | None]:
+    def check() -> tuple[Batch, list[int] | None, dict[str, Any]]:
         check_config(config)
         batch = Batch.of(
             without_float64_if_empty(hidden),
@@ -116,14 +115,20 @@ def span_weights(
         batch.check_values()
         if not isinstance(weighting, Weighting):
             raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
+        settings = {
+            **{f"config.{name}": value for name, value in asdict(config).items()},
+            **{f"weighting.{name}": value for name, value in asdict(weighting).items()},
+            "step": check_step(step),
+            "backend": backend,
+            "the presence of sample_ids": sample_ids is not None,
+        }
         if sample_ids is None:
-            return batch, None
+            return batch, None, settings
         ids = as_integers("sample_ids", sample_ids, batch.labels.shape[0])
-        return batch, ids.long().tolist()
+        return batch, ids.long().tolist(), settings
 
-    batch, ids = link.agree(check)
+    batch, ids, settings = link.agree(check)
     rows, states, offsets = batch.rows(), batch.hidden.detach(), batch.cu_seqlens.tolist()
-    settings = (config, weighting, step, backend, ids is None)
     dim, dtype, before = _forms(link, states, len(rows), settings)
     groups = _groups(link, rows, range(before, before + len(rows)) if ids is None else ids)
     mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
@@ -244,10 +249,6 @@ def _hash(value: Any) -> int:
 
 def _plain(value: Any) -> Any:
     """A value whose text is that of every equal one: 1 and 1.0, numbers of numpy."""
-    if isinstance(value, (SpanConfig, Weighting)):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -256,21 +257,23 @@ def _plain(value: Any) -> Any:
 
 
 def _forms(
-    link: Link, states: Tensor, rollouts: int, settings: tuple[Any, ...]
+    link: Link, states: Tensor, rollouts: int, settings: Mapping[str, Any]
 ) -> tuple[int, torch.dtype, int]:
     """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
     own = _Form(
         rollouts=rollouts,
         dim=states.shape[1],
         dtype=STATE_DTYPES.index(states.dtype),
-        settings=_hash(settings),
     )
-    ranks = [_Form(*row) for (row,) in link.gather([own], len(own))]
-    if len({form.settings for form in ranks}) > 1:
-        raise ValueError(
-            "config, weighting, step, backend and the presence of sample_ids must be the same on "
-            f"all ranks, got others than these on some rank: {settings}"
-        )
+    hashes = [_hash(value) for value in settings.values()]
+    told = [row for (row,) in link.gather([[*own, *hashes]], len(own) + len(hashes))]
+    for place, (name, value) in enumerate(settings.items(), len(own)):
+        if others := [r for r, row in enumerate(told) if row[place] != told[link.rank][place]]:
+            raise ValueError(
+                f"{name} must be the same on all ranks, got {value!r} on rank {link.rank} and "
+                f"another value on rank {others[0]}"
+            )
+    ranks = [_Form(*row[: len(own)]) for row in told]
     # a rank without rollouts may have states of any form
     forms = {(form.dim, form.dtype) for form in ranks if form.rollouts} or {(own.dim, own.dtype)}
     if len(forms) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,14 +58,11 @@ class Weighting:
             step: optimizer steps taken so far; matters for warmup_steps only.
 
         Raises:
-            TypeError, ValueError: unless step is an int of at least 0.
+            TypeError, ValueError: unless step is an integer of at least 0.
         """
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step must be an int, got {step!r}")
-        if step < 0:
-            raise ValueError(f"step must be at least 0, got {step}")
+        step = check_step(step)
         if self.mean_one:
-            mean = weights.mean()
+            mean = (weights / weights.numel()).sum()  # the sum alone may leave float32
             # every weight is 0, as of equal tokens: uniform weights are what has mean 1;
             # NaN, which check_finite=False promises, is not 0 and stays
             weights = (weights / mean).where(mean != 0, weights.new_ones(()))
@@ -73,6 +71,19 @@ class Weighting:
         if step < self.warmup_steps:
             weights = 1 + (weights - 1) * (step / self.warmup_steps)
         return weights
+
+
+def check_step(step: object) -> int:
+    """Return step, an integer of any kind (int, numpy's, a 0-d tensor), as an int, or raise."""
+    try:
+        if isinstance(step, bool):
+            raise TypeError
+        number = operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"step must be an int, got {step!r}") from None
+    if number < 0:
+        raise ValueError(f"step must be at least 0, got {number}")
+    return number
 
 
 def _is_number(value: object) -> bool:

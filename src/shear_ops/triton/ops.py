@@ -227,7 +227,7 @@ def _check_finite(
     global _said_stopped
     if not given.check_finite:
         return
-    token, faint = torch.cat([found.states.bad_token, found.states.faint_group]).tolist()
+    token, faint = torch.cat([found.states.bad_token, found.states.unfit_group]).tolist()
     if token < len(found.states.hidden):
         raise ValueError(_C.not_finite(token, cu_seqlens.tolist(), group_ids.tolist()))
     if faint < NO_GROUP:
@@ -235,7 +235,7 @@ def _check_finite(
         rollouts = tables.host["rollouts"]
         member = int((rollouts[:, ROLLOUT_GROUP] == faint >> 32).argmax())
         group = int(group_ids[member]) if len(group_ids) else None
-        raise ValueError(_C.too_faint(norm, group))
+        raise ValueError(_C.unfit_norm(norm, group, given.reg))
     *_, solved, stopped = found.counts.tolist()
     if stopped and not _said_stopped:
         _said_stopped = True

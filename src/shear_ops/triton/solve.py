@@ -30,6 +30,8 @@ TOLERANCE_SHARE = _constant("tolerance_share")
 ENTROPY_OFFSET = _constant("entropy_offset")
 HOT_RANGE = _constant("hot_range")  # of costs, in units of eps ln 2, beyond which a pair is heated
 COOLING = _constant("cooling")  # from one heat to the next
+FEW_TOKENS = _constant("few_tokens")
+FEW_TRAVEL = _constant("few_travel")  # of potentials between so few tokens, in entropy terms
 LEAST_RESIDUAL = _constant("least_residual")  # that is asked for at a heat
 FRESH = _constant("fresh")  # level before the first iteration at a heat
 DRIFT = tl.constexpr(float(_C.SOLVER["drift_bits"]))  # log2 of a scaling that is absorbed
@@ -208,4 +210,6 @@ def may_hide(n, m, tol):
 def travel(n, m, tol, entropy, eps, heat, costs_range):
     """How far the potentials of a plan at heat 1 may be from their limit; heat: the first one."""
     far = tl.where(heat > 1.0, COOLING * entropy, costs_range * LN2 * eps)
-    return tl.where(may_hide(n, m, tol), tl.maximum(entropy, far), entropy)
+    few = tl.maximum(n, m) <= FEW_TOKENS
+    near = tl.where(few, FEW_TRAVEL * entropy, entropy)
+    return tl.where(may_hide(n, m, tol), tl.maximum(entropy, far), near)

@@ -32,7 +32,7 @@ class States(NamedTuple):
         centered: (G,) int32, 1 if token costs are made of centred states.
         group_norm, rollout_norm: (G,) and (B,) float32, mean norms.
         bad_token: (1,) int64, first token that is not finite or too large, or N.
-        faint_group: (1,) int64, index of the first group that is refused for its mean norm, whose
+        unfit_group: (1,) int64, index of the first group that is refused for its mean norm, whose
             float bits are the low half; or NO_GROUP.
     """
 
@@ -43,7 +43,7 @@ class States(NamedTuple):
     group_norm: Tensor
     rollout_norm: Tensor
     bad_token: Tensor
-    faint_group: Tensor
+    unfit_group: Tensor
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -96,8 +96,10 @@ def rollout_norm_kernel(sq_norm, rollouts, rollout_norm, T: tl.constexpr):
 
 
 @triton.jit
-def group_norm_kernel(rollout_norm, rollouts, first_member, members, group_norm, faint_group):
-    """Mean norm of every group over all of its tokens, NaN where that is too small."""
+def group_norm_kernel(
+    rollout_norm, rollouts, first_member, members, group_norm, unfit_group, most_norm
+):
+    """Mean norm of every group over all of its tokens, NaN where that is too small or too large."""
     g = tl.program_id(0)
     at = tl.load(first_member + g)
     end = tl.load(first_member + g + 1)
@@ -111,9 +113,9 @@ def group_norm_kernel(rollout_norm, rollouts, first_member, members, group_norm,
         tokens += length
         at += 1
     norm = total / tokens
-    if (norm > 0) & (norm < LEAST_NORM):
+    if (norm > 0) & ((norm < LEAST_NORM) | (norm > most_norm)) & (norm < float("inf")):
         bits = norm.to(tl.int32, bitcast=True).to(tl.int64)
-        tl.atomic_min(faint_group, (g.to(tl.int64) << 32) | bits)
+        tl.atomic_min(unfit_group, (g.to(tl.int64) << 32) | bits)
         norm = float("nan")
     tl.store(group_norm + g, norm)
 
@@ -202,8 +204,11 @@ def centered_sq_norm_kernel(
     tl.store(sq_norm + token, tl.sum(squares, 1), mask=there)
 
 
-def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
-    """Norms of the states, and if they are to be multiplied, the groups' mean states."""
+def measure(hidden: Tensor, tables: Tables, *, center: bool, most_norm: float) -> States:
+    """Norms of the states, and if they are to be multiplied, the groups' mean states.
+
+    Groups of a mean norm above most_norm are refused.
+    """
     tokens, dim = hidden.shape
     groups, rollouts = tables.groups, len(tables.rollouts)
 
@@ -212,7 +217,7 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
 
     sq_norm, rollout_norm, group_norm = new(tokens), new(rollouts), new(groups)
     bad_token = torch.full((1,), tokens, dtype=torch.int64, device=hidden.device)
-    faint_group = torch.full((1,), NO_GROUP, dtype=torch.int64, device=hidden.device)
+    unfit_group = torch.full((1,), NO_GROUP, dtype=torch.int64, device=hidden.device)
     wide = min(1024, triton.next_power_of_2(dim))
     if tokens:
         grid = (triton.cdiv(tokens, TOKENS_AT_ONCE),)
@@ -223,12 +228,12 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool) -> States:
         rollout_norm_kernel[rollouts,](sq_norm, tables.rollouts, rollout_norm, T=1024)
     means, centered = new(groups, dim if center else 0), new(groups, dtype=torch.int32)
     states = States(
-        hidden, sq_norm, means, centered, group_norm, rollout_norm, bad_token, faint_group
+        hidden, sq_norm, means, centered, group_norm, rollout_norm, bad_token, unfit_group
     )
     if not groups:
         return states
     members = tables.rollouts, tables.first_member, tables.members
-    group_norm_kernel[groups,](rollout_norm, *members, group_norm, faint_group)
+    group_norm_kernel[groups,](rollout_norm, *members, group_norm, unfit_group, most_norm)
     if not center:
         return states
     slices = triton.cdiv(dim, DIMS)
