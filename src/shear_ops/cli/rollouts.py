@@ -77,7 +77,7 @@ class Rollouts:
 
     @cached_property
     def _offsets(self) -> list[int]:
-        return self.cu_seqlens.tolist()  # type: ignore[no-any-return]
+        return self.cu_seqlens.tolist()
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of span_weights."""
