@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(shear, m) {
   m.def(
       "span_weights(Tensor hidden, Tensor cu_seqlens, Tensor group_ids, Tensor "
       "labels, " SHEAR_OPTIONS " -> Tensor");
+  // -> weights (N) float32, pairs (5) int64 as in span_distances
+  m.def(
+      "span_weights_and_pairs(Tensor hidden, Tensor cu_seqlens, Tensor group_ids, Tensor "
+      "labels, " SHEAR_OPTIONS " -> (Tensor, Tensor)");
   // -> distance (K) float32, nearest (K) int64, residual (K) float32, iterations (K) int32,
   //    spans (K, 3) int64 (rollout, begin, end), pairs (5) int64 (total, bounded, abandoned,
   //    solved, stopped)

@@ -41,6 +41,29 @@ def test_padded_equals_packed(backend: str, holes: bool) -> None:
     assert torch.equal(weights_of(**{**given, "mask": given["mask"].long()}, backend=backend), seen)
 
 
+@pytest.mark.parametrize("backend", TRIED)
+@pytest.mark.parametrize("n_iters", [1, 5000])
+def test_counts_beside_weights(backend: str, n_iters: int) -> None:
+    settings = SpanConfig(**CONFIG, n_iters=n_iters)
+    for given in (arguments(), padded(arguments(), holes=True)):
+        weights, counts = shear_ops.span_weights(
+            **given, config=settings, backend=backend, return_counts=True
+        )
+        wanted = shear_ops.span_weights(**given, config=settings, backend=backend)
+        assert torch.equal(weights, wanted)
+        found = shear_ops.span_distances(**given, config=settings, backend=backend).pairs
+        assert counts.total == found.total == counts.bounded + counts.abandoned + counts.solved > 0
+        assert (counts.stopped > 0) == (n_iters == 1)
+        assert counts.stopped_share == counts.stopped / counts.solved
+
+
+def test_counts_of_nothing() -> None:
+    given = {**arguments(), "labels": torch.ones(len(LENGTHS), dtype=torch.int64)}
+    _, counts = shear_ops.span_weights(**given, return_counts=True)
+    assert counts == (0, 0, 0, 0, 0)
+    assert counts.stopped_share == 0
+
+
 def test_weighted_advantages() -> None:
     packed = arguments()
     weights = weights_of(**packed)

@@ -562,7 +562,10 @@ def test_a_group_of_more_than_2_24_tokens() -> None:
     integers = torch.ones(1, dtype=torch.int64)
     rollouts = Rollouts(torch.zeros(0, 1), torch.tensor([0, size]), integers, integers)
     weights = torch.arange(size, dtype=torch.float32)
-    scores = summary.Scores(rollouts, SpanConfig(), weights, None, 0.0)  # type: ignore[arg-type]
+    nothing = shear_ops.span_distances(
+        torch.zeros(0, 1), cu_seqlens=torch.zeros(2).long(), group_ids=[1], labels=[1]
+    )
+    scores = summary.Scores(rollouts, SpanConfig(), weights, nothing, 0.0)
     (row,) = summary.group_rows(scores)
     assert row["tokens"] == size
     assert row["p95"] == pytest.approx(0.95 * 2**24, rel=1e-6)
@@ -617,6 +620,21 @@ def test_score_json(shear: Shear, file: Path, tmp_path: Path) -> None:
     assert [g["correct"] for g in seen["groups"]] == [2, 0]
     assert seen["pairs"]["total"] == 2 * 6 // 2 * 1 + 11
     assert seen["written"]["weights"] == str(tmp_path / "w")
+
+
+def test_score_says_where_spans_have_not_converged(shear: Shear, file: Path) -> None:
+    converged = json.loads(shear("score", file, *OPTIONS, "--json").out)
+    assert [g["stopped"] for g in converged["groups"]] == [0] * len(converged["groups"])
+    stopped = json.loads(
+        shear("score", file, *OPTIONS, "--n-iters", "1", "--tol", "0", "--json").out
+    )
+    rollouts = load_rollouts(file)
+    spans = shear_ops.span_distances(**rollouts.arguments(), config=SpanConfig(**CONFIG))
+    for row in stopped["groups"]:
+        members = torch.tensor(rollouts.members_of(row["group"]))
+        assert row["stopped"] == int(torch.isin(spans.rollout[spans.nearest >= 0], members).sum())
+    assert max(row["stopped"] for row in stopped["groups"]) > 0
+    assert re.search(r"max +stopped +auc", shear("score", file, *OPTIONS).out)
 
 
 def test_score_padded(shear: Shear, tmp_path: Path) -> None:

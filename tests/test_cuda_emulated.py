@@ -19,7 +19,7 @@ import shear_ops
 import solver_steps
 from problems import DTYPES, PROBLEMS, Text, problem
 from shear_ops import SpanConfig, reference
-from shear_ops.ops import backends
+from shear_ops.ops import backends, torch_op
 from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ SOURCES = [
     "tests/emulated/order.cpp",
 ]
 DEFINITIONS = torch.library.Library("shear_emulated", "DEF")
-NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
+NAMES = torch_op.NAMES
 COMPUTED = backends.DISTANCES["cuda"]
 CASES = [
     (p.name, dtype)

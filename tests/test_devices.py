@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments, padded
 from shear_ops import SpanConfig
+from shear_ops.ops import torch_op
 
 OPS = torch.ops.shear
 CONFIGURED = SpanConfig(**CONFIG)
@@ -159,7 +160,7 @@ def operator(name: str) -> tuple[Callable[..., Any], dict[str, Tensor]]:
 
 
 DEVICES = ("cpu", "cuda", "xpu", "meta")
-OPERATORS = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
+OPERATORS = torch_op.NAMES
 
 
 def first(out: Any) -> Tensor:
@@ -219,7 +220,7 @@ REFUSED: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(("argument", "message", "change"), REFUSED)
-@pytest.mark.parametrize("op", [OPS.span_weights, OPS.span_distances])
+@pytest.mark.parametrize("op", [OPS.span_weights, OPS.span_weights_and_pairs, OPS.span_distances])
 def test_what_a_kernel_refuses_its_fake_refuses(
     op: Any, argument: str, message: str, change: Callable[[Tensor], Tensor], device: str
 ) -> None:

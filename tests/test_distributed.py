@@ -18,6 +18,7 @@ from torch import Tensor
 import ranks
 from problems import Text
 from shear_ops import HiddenBank, SpanConfig, Weighting, distributed, span_weights
+from shear_ops.ops.api import PairCounts
 from shear_ops.training.metrics import log_weights
 
 CONFIG = SpanConfig(span=16, stride=5)
@@ -72,9 +73,11 @@ def test_as_one_process(size: int) -> None:
     for dtype in (torch.float32, torch.bfloat16) if size == 3 else (torch.bfloat16,):
         wanted = plain(dtype)
         found: dict[int, Tensor] = {}
-        for weights, (states_sent, weights_sent, groups, mixed) in ranks.run(size, weigh, dtype):
+        for weights, (states_sent, weights_sent, groups, mixed, pairs) in ranks.run(
+            size, weigh, dtype
+        ):
             found |= weights
-            assert (groups, mixed) == (5, 3)
+            assert (groups, mixed, pairs.stopped) == (5, 3, 0)
             assert (states_sent, weights_sent) == (0, 0) or size > 1
         assert sorted(found) == list(range(GROUPS * SIZE))
         assert all(torch.equal(found[i], wanted[i]) for i in wanted)
@@ -86,7 +89,7 @@ def test_without_torch_distributed() -> None:
     found = distributed.span_weights(**batch(places))
     wanted = plain(torch.float32)
     assert all(torch.equal(w, wanted[i]) for i, w in by_rollout(found.weights, places).items())
-    assert found[1:] == (0, 0, 5, 3)
+    assert found[1:5] == (0, 0, 5, 3)
 
 
 def test_padded_layout() -> None:
@@ -140,12 +143,13 @@ def one_rollout_per_rank(rank: int, tokens: int, dim: int, labels: list[int]) ->
     return distributed.span_weights(
         hidden, cu_seqlens=torch.tensor([0, tokens]), group_ids=[7], labels=[labels[rank]],
         config=CONFIG,
-    )[1:]  # fmt: skip
+    )[1:5]  # fmt: skip
 
 
 def mixed_and_not(rank: int, tokens: int, dim: int, labels: list[int], weigh: bool) -> Any:
     if not weigh:  # the bytes of a size that takes minutes to compute on two cores
-        distributed.api.span_weights = lambda hidden, **_: torch.ones(hidden.shape[0])
+        nothing = PairCounts(0, 0, 0, 0, 0)
+        distributed.api.span_weights = lambda hidden, **_: (torch.ones(hidden.shape[0]), nothing)
     return [
         one_rollout_per_rank(rank, tokens, dim, some)
         for some in (labels, [labels[0]] * len(labels))
@@ -433,10 +437,12 @@ class Alone:
 
 
 def test_metrics_leave_out_padding_and_show_nan() -> None:
-    found = distributed.GroupWeights(torch.empty(0), 0, 0, groups=4, mixed_groups=1)
+    pairs = PairCounts(total=100, bounded=50, abandoned=10, solved=40, stopped=8)
+    found = distributed.GroupWeights(torch.empty(0), 0, 0, groups=4, mixed_groups=1, pairs=pairs)
     logged: dict[str, list[float]] = defaultdict(list)
     log_weights(Alone(), torch.tensor([0.0, 9.0, 6.0]), found, logged)
     assert logged["shear/mixed_groups"] == [0.25]
+    assert logged["shear/stopped"] == [0.2]
     assert logged["shear/weight_mean"] == [pytest.approx(30 / 9)]
     assert (logged["shear/weight_max"], logged["shear/weight_p95"]) == ([9], [9])
     log_weights(Alone(), torch.tensor([0.0, torch.nan, 6.0]), found, logged)

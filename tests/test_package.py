@@ -15,6 +15,7 @@ import torch
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments
 from shear_ops import _C, SpanConfig
+from shear_ops.ops import torch_op
 
 MODULE = Path(_C.__file__ or "")
 CUDA_MODULE = MODULE.with_name("shear_cuda.so")
@@ -64,7 +65,7 @@ def test_version_is_one() -> None:
 
 
 def test_operators_are_defined_once() -> None:
-    for name in ("span_weights", "span_distances", "pair_distances", "sinkhorn"):
+    for name in torch_op.NAMES:
         assert getattr(torch.ops.shear, name).overloads() == ["default"]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import ranks
 from problems import Text
-from shear_ops import SpanConfig, Weighting, distributed, span_weights
+from shear_ops import SpanConfig, Weighting, distributed, span_distances, span_weights
+from shear_ops.ops.api import PairCounts
 from shear_ops.training import round as round_module
 from shear_ops.training.round import Rollouts, Round, lay_back, weigh
 from shear_ops.training.settings import Settings
@@ -96,6 +98,25 @@ def test_settings_and_step_are_used() -> None:
         for found in (by_round, dict(enumerate(at_once.split(LENGTHS)))):
             for i in everything:
                 torch.testing.assert_close(found[i], 1 + share * (full[i] - 1))
+
+
+def test_pairs_stopped_on_any_rank_are_told_to_all() -> None:
+    for found in (run(list(range(len(LENGTHS)))), *ranks.run(3, stopped_on_rank)):
+        if isinstance(found, Exception):
+            raise found
+        pairs = found if isinstance(found, PairCounts) else found.pairs
+        pairs_wanted = span_distances(
+            torch.cat(states()), cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0),
+            group_ids=[i // SIZE for i in range(len(LENGTHS))], labels=LABELS,
+            config=SETTINGS.spans,
+        ).pairs  # fmt: skip
+        assert pairs.total == pairs_wanted.total == pairs.bounded + pairs.abandoned + pairs.solved
+        assert (pairs.stopped > 0) is isinstance(found, PairCounts)
+
+
+def stopped_on_rank(rank: int) -> PairCounts:
+    places = [i for i in range(len(LENGTHS)) if i % 2 == rank] if rank < 2 else []
+    return run(places, Settings(spans=replace(SETTINGS.spans, n_iters=1, tol=0.0))).pairs
 
 
 def on_rank(rank: int) -> tuple[dict[int, Tensor], list[int], int]:

@@ -12,7 +12,7 @@ from torch.library import opcheck
 import shear_ops
 from rollouts_for_tests import CONFIG, arguments, padded
 from shear_ops import SpanConfig, reference
-from shear_ops.ops.torch_op import span_count
+from shear_ops.ops.torch_op import NAMES, span_count
 
 OPS = torch.ops.shear
 
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["span_weights", "span_distances"])
+@pytest.mark.parametrize("name", ["span_weights", "span_weights_and_pairs", "span_distances"])
 def test_opcheck(name: str, case: str) -> None:
     opcheck(getattr(OPS, name).default, op_arguments(**CASES[case]), CONFIG)
 
@@ -89,7 +89,7 @@ def test_opcheck_sinkhorn(batch: int) -> None:
 
 def test_schema_defaults_are_those_of_span_config() -> None:
     wanted = SpanConfig().op_arguments()
-    for name in ("span_weights", "span_distances", "pair_distances"):
+    for name in NAMES[:-1]:
         schema = getattr(OPS, name).default._schema
         assert "str" not in {str(a.type) for a in schema.arguments}
         seen = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
@@ -320,7 +320,7 @@ def test_direct_calls_are_memory_safe() -> None:
         ("hidden", good["hidden"][:, :0], "with dim >= 1"),
     ]
     for name, value, message in bad:
-        for op in (OPS.span_weights, OPS.span_distances):
+        for op in (OPS.span_weights, OPS.span_weights_and_pairs, OPS.span_distances):
             with pytest.raises((RuntimeError, ValueError), match=message):
                 op(*{**good, name: value}.values())
     options = {

@@ -288,7 +288,7 @@ def test_direct_calls_are_memory_safe(device: torch.device) -> None:
         ("hidden", good["hidden"][:, :0], "with dim >= 1"),
     ]
     for name, value, message in bad:
-        for op in (ops.span_weights, ops.span_distances):
+        for op in (ops.span_weights, ops.span_weights_and_pairs, ops.span_distances):
             with pytest.raises(ValueError, match=message):
                 op(*{**good, name: value}.values())
     for name, value in {"span": 0, "reg": 0.0, "n_iters": 0, "tol": -1.0, "distance": 4}.items():

@@ -82,7 +82,8 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
   std::atomic<int64_t> bounded{0}, abandoned{0}, solved{0}, stopped{0};
   const int64_t total = static_cast<int64_t>(queue.size());
   workers_.run((total + kPairsPerTask - 1) / kPairsPerTask, [&](int64_t task, float* scratch) {
-    for (int64_t k = task * kPairsPerTask; k < std::min(total, (task + 1) * kPairsPerTask); ++k) {
+    const int64_t end = std::min(total, (task + 1) * kPairsPerTask);
+    for (int64_t k = task * kPairsPerTask; k < end && !workers_.stopped(); ++k) {
       const uint32_t p = queue[k];
       const auto after = std::upper_bound(offsets.begin(), offsets.end(), static_cast<int64_t>(p));
       const Block& block = chunk.blocks[after - offsets.begin() - 1];
@@ -105,7 +106,9 @@ void Pipeline::solve(const Chunk& chunk, const float* costs, Pairs& pairs) {
            .tol = static_cast<float>(config_.tol),
            .bound = bound,
            .best_row = config_.prune ? &best_[a] : nullptr,
-           .best_col = config_.prune ? &best_[b] : nullptr},
+           .best_col = config_.prune ? &best_[b] : nullptr,
+           .goes_on = &Workers::asked,
+           .asked = &workers_},
           scratch);
       pairs.value[p] = out.distance;
       if (out.abandoned) {

@@ -31,10 +31,23 @@ Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dty
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids,
-                    const Tensor& labels, int64_t span, int64_t stride, double reg, int64_t n_iters,
-                    double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
-                    int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
+// Span pairs: total, bounded, abandoned, solved, stopped.
+Tensor counts_of(const Pipeline& pipeline, const Tensor& like) {
+  const PairCounts& counts = pipeline.counts();
+  const int64_t row[5] = {counts.total, counts.bounded, counts.abandoned, counts.solved,
+                          counts.stopped};
+  Tensor pairs = new_tensor(like, {5}, ScalarType::Long);
+  std::copy_n(row, 5, pairs.mutable_data_ptr<int64_t>());
+  return pairs;
+}
+
+std::tuple<Tensor, Tensor> span_weights_and_pairs(const Tensor& hidden, const Tensor& cu_seqlens,
+                                                  const Tensor& group_ids, const Tensor& labels,
+                                                  int64_t span, int64_t stride, double reg,
+                                                  int64_t n_iters, double tol, int64_t reg_unit,
+                                                  int64_t distance, int64_t normalization,
+                                                  int64_t pooling, int64_t aggregation,
+                                                  bool check_finite, bool prune) {
   const Config config = make_config({span, stride, reg, n_iters, tol, reg_unit, distance,
                                      normalization, pooling, aggregation, check_finite, prune});
   const Tensor rows = torch::stable::contiguous(hidden);
@@ -46,7 +59,16 @@ Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor
   Pipeline pipeline(states, problem, config);
   pipeline.run(nullptr);
   pipeline.token_weights(weights.mutable_data_ptr<float>());
-  return weights;
+  return {weights, counts_of(pipeline, rows)};
+}
+
+Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids,
+                    const Tensor& labels, int64_t span, int64_t stride, double reg, int64_t n_iters,
+                    double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
+                    int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
+  return std::get<0>(span_weights_and_pairs(hidden, cu_seqlens, group_ids, labels, span, stride,
+                                            reg, n_iters, tol, reg_unit, distance, normalization,
+                                            pooling, aggregation, check_finite, prune));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
@@ -69,7 +91,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
   Tensor residual = new_tensor(rows, {spans}, ScalarType::Float);
   Tensor iterations = new_tensor(rows, {spans}, ScalarType::Int);
   Tensor bounds = new_tensor(rows, {spans, 3}, ScalarType::Long);
-  Tensor pairs = new_tensor(rows, {5}, ScalarType::Long);
   for (int64_t s = 0; s < spans; ++s) {
     const Nearest& best = pipeline.nearest()[s];
     distances.mutable_data_ptr<float>()[s] = best.distance;
@@ -80,11 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
     const int64_t row[3] = {at.rollout, at.begin, at.end};
     std::copy_n(row, 3, bounds.mutable_data_ptr<int64_t>() + 3 * s);
   }
-  const PairCounts& counts = pipeline.counts();
-  const int64_t row[5] = {counts.total, counts.bounded, counts.abandoned, counts.solved,
-                          counts.stopped};
-  std::copy_n(row, 5, pairs.mutable_data_ptr<int64_t>());
-  return {distances, nearest, residual, iterations, bounds, pairs};
+  return {distances, nearest, residual, iterations, bounds, counts_of(pipeline, rows)};
 }
 
 Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t stride, double reg,
@@ -160,7 +177,9 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
                                              .eps = static_cast<float>(config.reg),
                                              .n_iters = config.n_iters,
                                              .tol = static_cast<float>(config.tol),
-                                             .bound = static_cast<float>(bound)},
+                                             .bound = static_cast<float>(bound),
+                                             .goes_on = &Workers::asked,
+                                             .asked = &workers},
                                             scratch);
     values[b] = out.distance;
     residuals[b] = out.residual;
@@ -175,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
 
 STABLE_TORCH_LIBRARY_IMPL(shear, CPU, m) {
   m.impl("span_weights", TORCH_BOX(&shear::cpu::span_weights));
+  m.impl("span_weights_and_pairs", TORCH_BOX(&shear::cpu::span_weights_and_pairs));
   m.impl("span_distances", TORCH_BOX(&shear::cpu::span_distances));
   m.impl("pair_distances", TORCH_BOX(&shear::cpu::pair_distances));
   m.impl("sinkhorn", TORCH_BOX(&shear::cpu::sinkhorn));

@@ -51,8 +51,8 @@ inline Buffer make_buffer(int64_t floats) {
 
 inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
-// Asked by the calling thread between tasks; throws where the call is to end. There is nothing to
-// ask until csrc/bindings.cpp, which has Python, sets it.
+// Asked by the calling thread; throws where the call is to end. There is nothing to ask until
+// csrc/bindings.cpp, which has Python, sets it.
 inline void (*check_interrupt)() = [] {};
 
 class Workers {
@@ -67,28 +67,40 @@ class Workers {
   template <typename Task>
   void run(int64_t count, const Task& task) const {
     std::atomic<int64_t> next{0};
-    const std::thread::id caller = std::this_thread::get_id();
-    std::exception_ptr interrupt;  // the caller's: an exception must not leave a thread of torch
+    caller_ = std::this_thread::get_id();
     torch::stable::parallel_for(0, std::min(threads_, count), 1, [&](int64_t begin, int64_t end) {
-      const bool asks = std::this_thread::get_id() == caller;
       for (int64_t worker = begin; worker < end; ++worker)
         for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
           task(i, scratch_.get() + worker * stride_);
-          if (!asks) continue;
-          try {
-            check_interrupt();
-          } catch (...) {
-            interrupt = std::current_exception();
-            next = count;
-          }
+          if (!goes_on()) return;
         }
     });
-    if (interrupt) std::rethrow_exception(interrupt);
+    if (interrupt_) std::rethrow_exception(interrupt_);
   }
+
+  // Whether the call was interrupted.
+  bool stopped() const { return stopped_; }
+  // Looks for an interrupt: a long task asks now and then, on any thread.
+  bool goes_on() const {
+    if (!stopped_ && std::this_thread::get_id() == caller_) {
+      try {
+        check_interrupt();
+      } catch (...) {  // an exception must not leave a thread of torch
+        interrupt_ = std::current_exception();
+        stopped_ = true;
+      }
+    }
+    return !stopped_;
+  }
+
+  static bool asked(const void* workers) { return static_cast<const Workers*>(workers)->goes_on(); }
 
  private:
   int64_t threads_, stride_;
   Buffer scratch_;
+  mutable std::thread::id caller_;
+  mutable std::exception_ptr interrupt_;  // the caller's
+  mutable std::atomic<bool> stopped_{false};
 };
 
 }  // namespace shear::cpu

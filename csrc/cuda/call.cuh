@@ -53,8 +53,7 @@ struct SpanOutputs {
   int64_t* nearest;
   float* residual;
   int32_t* iterations;
-  int64_t* spans;   // (spans, 3): rollout, begin, end
-  int64_t* counts;  // (kCounts)
+  int64_t* spans;  // (spans, 3): rollout, begin, end
 };
 
 // False: all states are zero, or not finite or too faint with the check off. Such a group is not

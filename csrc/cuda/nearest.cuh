@@ -130,12 +130,22 @@ struct DistancesArgs {
   SpanOutputs out;
 };
 
-// A thread per span, and per count.
+struct CountsArgs {
+  Call call;
+  int64_t* counts;  // (kCounts)
+};
+
+// A thread per count.
+__global__ void __launch_bounds__(kThreads) write_counts(const CountsArgs args) {
+  const int64_t k = global_thread();
+  if (k < kCounts) args.counts[k] = static_cast<int64_t>(args.call.counters->counts[k]);
+}
+
+// A thread per span.
 __global__ void __launch_bounds__(kThreads) write_distances(const DistancesArgs args) {
   const Call& call = args.call;
   const SpanOutputs& out = args.out;
   const int64_t s = global_thread();
-  if (s < kCounts) out.counts[s] = static_cast<int64_t>(call.counters->counts[s]);
   if (s >= call.spans) return;
   const DeviceNearest found = call.nearest[s];
   out.distance[s] = final_distance(call, found);

@@ -176,9 +176,13 @@ void Pipeline::token_weights(float* weights) const {
 }
 
 void Pipeline::span_distances(const SpanOutputs& out) const {
-  stream_.launch("write_distances", write_distances,
-                 threads_for(std::max<int64_t>(kCounts, call_.spans)),
+  stream_.launch("write_distances", write_distances, threads_for(std::max<int64_t>(1, call_.spans)),
                  DistancesArgs{.call = call_, .out = out});
+}
+
+void Pipeline::pair_counts(int64_t* counts) const {
+  stream_.launch("write_counts", write_counts, threads_for(kCounts),
+                 CountsArgs{.call = call_, .counts = counts});
 }
 
 void Pipeline::check_finite() const {

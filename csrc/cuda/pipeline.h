@@ -26,6 +26,7 @@ class Pipeline {
   void run(float* matrix) const;
   void token_weights(float* weights) const;
   void span_distances(const SpanOutputs& out) const;
+  void pair_counts(int64_t* counts) const;  // (kCounts), on the device
   // Waits for the stream. Throws std::invalid_argument on states that are not finite; warns of
   // pairs that n_iters stopped.
   void check_finite() const;

@@ -112,18 +112,32 @@ class Operator {
   const Pipeline pipeline_;
 };
 
-Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids,
-                    const Tensor& labels, int64_t span, int64_t stride, double reg, int64_t n_iters,
-                    double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
-                    int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
+std::tuple<Tensor, Tensor> span_weights_and_pairs(const Tensor& hidden, const Tensor& cu_seqlens,
+                                                  const Tensor& group_ids, const Tensor& labels,
+                                                  int64_t span, int64_t stride, double reg,
+                                                  int64_t n_iters, double tol, int64_t reg_unit,
+                                                  int64_t distance, int64_t normalization,
+                                                  int64_t pooling, int64_t aggregation,
+                                                  bool check_finite, bool prune) {
   const Operator op(hidden, cu_seqlens, group_ids, labels,
                     make_config({span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
                                  pooling, aggregation, check_finite, prune}));
   Tensor weights = new_tensor(op.hidden(), {op.hidden().size(0)}, ScalarType::Float);
   op.pipeline().run(nullptr);
+  Tensor counts = new_tensor(op.hidden(), {kCounts}, ScalarType::Long);
   op.pipeline().token_weights(weights.mutable_data_ptr<float>());
+  op.pipeline().pair_counts(counts.mutable_data_ptr<int64_t>());
   op.check_finite();
-  return weights;
+  return {weights, counts};
+}
+
+Tensor span_weights(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& group_ids,
+                    const Tensor& labels, int64_t span, int64_t stride, double reg, int64_t n_iters,
+                    double tol, int64_t reg_unit, int64_t distance, int64_t normalization,
+                    int64_t pooling, int64_t aggregation, bool check_finite, bool prune) {
+  return std::get<0>(span_weights_and_pairs(hidden, cu_seqlens, group_ids, labels, span, stride,
+                                            reg, n_iters, tol, reg_unit, distance, normalization,
+                                            pooling, aggregation, check_finite, prune));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
@@ -146,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> span_distances(
                                 .nearest = nearest.mutable_data_ptr<int64_t>(),
                                 .residual = residual.mutable_data_ptr<float>(),
                                 .iterations = iterations.mutable_data_ptr<int32_t>(),
-                                .spans = bounds.mutable_data_ptr<int64_t>(),
-                                .counts = counts.mutable_data_ptr<int64_t>()});
+                                .spans = bounds.mutable_data_ptr<int64_t>()});
+  op.pipeline().pair_counts(counts.mutable_data_ptr<int64_t>());
   op.check_finite();
   return {distances, nearest, residual, iterations, bounds, counts};
 }
@@ -234,6 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
 
 STABLE_TORCH_LIBRARY_IMPL(SHEAR_LIBRARY, SHEAR_DISPATCH_KEY, m) {
   m.impl("span_weights", TORCH_BOX(&shear::cuda::span_weights));
+  m.impl("span_weights_and_pairs", TORCH_BOX(&shear::cuda::span_weights_and_pairs));
   m.impl("span_distances", TORCH_BOX(&shear::cuda::span_distances));
   m.impl("pair_distances", TORCH_BOX(&shear::cuda::pair_distances));
   m.impl("sinkhorn", TORCH_BOX(&shear::cuda::sinkhorn));

@@ -45,6 +45,9 @@ struct PairInput {
   // null: never abandon.
   const uint32_t* best_row = nullptr;
   const uint32_t* best_col = nullptr;
+  // Asked now and then in a long solution; false: end soon, with any result. null: nobody to ask.
+  bool (*goes_on)(const void*) = nullptr;
+  const void* asked = nullptr;
 };
 
 constexpr int64_t kRowPad = 8;  // rows of a pair are solved in groups

@@ -13,7 +13,8 @@
 namespace shear::cpu::SHEAR_ISA {
 namespace {
 
-constexpr int64_t kAhead = 16;  // rows of token costs that are fetched in advance
+constexpr int64_t kAhead = 16;                    // rows of token costs that are fetched in advance
+constexpr int64_t kEntriesPerQuestion = 1 << 20;  // of K, some 0.1 ms of iterations
 
 class Engine {
  public:
@@ -136,6 +137,11 @@ class Engine {
   float iterate(int level, unsigned, float, unsigned& it) {
     static_assert(kTopLevel == 5, "a case per level");
     ++it;
+    unasked_ += rows_ * ld_;
+    if (unasked_ >= kEntriesPerQuestion && in_.goes_on) {
+      unasked_ = 0;
+      if (!in_.goes_on(in_.asked)) it = ~0u;  // beyond any n_iters
+    }
     switch (level) {
       case 0:
         return sweep<0>();
@@ -262,6 +268,7 @@ class Engine {
                                            *const potential_,
                                                *const g_, *const v_, *const w_, *const absent_col_;
   float range_ = 0.f, heat_ = 1.f;
+  int64_t unasked_ = 0;  // entries of K since goes_on was asked
   bool drifted_ = false;
 };
 

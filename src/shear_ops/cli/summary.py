@@ -114,9 +114,11 @@ def _p95(weights: Array) -> float:
 
 
 def group_rows(scores: Scores) -> list[dict[str, Any]]:
-    """One row per group, in order of appearance."""
+    """One row per group, in order of appearance; stopped counts spans."""
     rows, values, first_wrong = [], scores.weights.numpy(), scores.rollouts.first_wrongs()
     rollouts, all_labels = scores.rollouts, scores.rollouts.labels.tolist()
+    not_converged = scores.found.iterations >= scores.config.n_iters
+    stopped = scores.found.rollout[not_converged].bincount(minlength=len(rollouts)).tolist()
     for group_id, members in rollouts.groups.items():
         labels = [all_labels[i] for i in members]
         incorrect = [i for i in members if all_labels[i] == 0]
@@ -131,6 +133,7 @@ def group_rows(scores: Scores) -> list[dict[str, Any]]:
             "mean": float(own.mean()) if len(own) else None,
             "p95": _p95(own) if len(own) else None,
             "max": float(own.max()) if len(own) else None,
+            "stopped": sum(stopped[i] for i in members),
             "auc": _pooled(*_split(rollouts, values, first_wrong, incorrect)),
         })  # fmt: skip
     return rows

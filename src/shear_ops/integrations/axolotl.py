@@ -13,8 +13,8 @@ The keys of the section are the arguments of ShearConfig; spans and weighting ar
 own with the fields of SpanConfig and Weighting. Axolotl checks the section with the rest of the
 file, before it loads the model, and builds its own trainer; SHEAR is then attached to it in place.
 
-Steps log ``shear/weight_mean``, ``weight_p95``, ``weight_max`` and ``shear/mixed_groups``. If they
-do not, the plugin did not load: Axolotl logs "Failed to load plugin", and trains without it.
+Steps log ``shear/weight_mean``, ``weight_p95``, ``weight_max``, ``mixed_groups``, ``stopped``. If
+they do not, the plugin did not load: Axolotl logs "Failed to load plugin", and trains without it.
 
 Tested on the CPU, with Axolotl's own loading of configuration, plugin, model and trainer, and its
 training: rl grpo and gdpo, all parameters and LoRA, one process. From source only: vLLM, DeepSpeed,

@@ -15,7 +15,7 @@ The Ray actors of the policy and the trainers are replaced by subclasses before 
 runs. Settings travel in its arguments; shear_ops must be installed on every node. The pass for
 log-probabilities, which OpenRLHF makes anyway, also gives the hidden states; they are regrouped
 over the data-parallel ranks right after it, before the reference runs. Advantages are multiplied
-after whitening. Steps log ``shear/weight_mean``, ``shear/weight_max``, ``shear/mixed_groups``.
+after whitening. Steps log ``shear/weight_mean``, ``weight_max``, ``mixed_groups``, ``stopped``.
 
 Tested, on two CPU ranks with Ray, DeepSpeed and gloo: padded, packed and dynamic batches, LoRA with
 ZeRO-3, tensor parallelism, rollouts of several turns; the command, synchronous with a colocated
@@ -90,11 +90,15 @@ class ShearPolicy:
         self._shear_round.add(recording.hidden, action_mask.bool().sum(1), shear_rollouts)
         return log_probs
 
-    def shear_weights(self) -> dict[int, Tensor]:
-        """Token weights of this actor's rollouts by sample id, on the CPU. Collective."""
+    def shear_weights(self) -> tuple[dict[int, Tensor], float]:
+        """Token weights of this actor's rollouts by sample id, on the CPU. Collective.
+
+        Beside them PairCounts.stopped_share of all actors.
+        """
         group = self.strategy.ds_device_mesh["dp"].get_group()
         found = self._shear_round.finish(self.actor.model.global_steps, group)
-        return {sample: weights.cpu() for sample, weights in found.weights.items()}
+        weights = {sample: own.cpu() for sample, own in found.weights.items()}
+        return weights, found.pairs.stopped_share
 
 
 class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
@@ -109,8 +113,9 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
         experiences: list[Any] = super().make_experience(samples_list)
         replicas = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
         weights: dict[int, Tensor] = {}
-        for part in ray.get(self._shear_refs)[::replicas]:
+        for part, stopped in ray.get(self._shear_refs)[::replicas]:
             weights |= part
+            self._shear_stopped = stopped  # of all actors, so the same from each
         for experience in experiences:
             experience.info["shear_weights"] = lay_back(
                 [weights[i] for i in experience.index], experience.action_mask
@@ -139,7 +144,10 @@ class ShearExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
                 for part, experience in zip(weights, experiences, strict=True)
             ]
         )
-        logged = of_weights(taken) | {"shear/mixed_groups": self._shear_mixed}
+        logged = of_weights(taken) | {
+            "shear/mixed_groups": self._shear_mixed,
+            "shear/stopped": self._shear_stopped,
+        }
         for experience, part in zip(experiences, weights, strict=True):
             experience.advantages = experience.advantages * part
             for name, value in logged.items():  # OpenRLHF logs means over rollouts

@@ -13,7 +13,8 @@ shear.yaml (slime makes attributes of its arguments from it; without it all defa
 
 The keys are the fields of Settings, SpanConfig and Weighting. The hidden states are those after the
 final layer norm, on the last pipeline stage, in the pass for the old log-probabilities. Advantages
-are GRPO's times the weights, returns are GRPO's. slime logs the mean as ``rollout/shear_weights``.
+are GRPO's times the weights, returns are GRPO's. slime logs means of ``rollout/shear_weights`` and
+``rollout/shear_stopped``.
 
 slime skips that pass with one optimizer step per rollout, ``--kl-coef 0`` and its own policy loss.
 To have it, name the same loss as a custom one::
@@ -147,6 +148,8 @@ def before_log_prob(args: Any, model: Sequence[nn.Module], store_prefix: str) ->
 def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     """Write advantages, returns and shear_weights, lists of (R,) float32, into rollout_data.
 
+    And shear_stopped, the share of span pairs whose distance had not converged, for every rollout.
+
     Collective over the last pipeline stage, where slime calls it after the pass.
 
     Args:
@@ -162,17 +165,21 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     _recorder.stop()
     if missing := [name for name in FIELDS if name not in rollout_data]:
         raise ValueError(f"rollout_data must have {', '.join(missing)}: update slime")
-    weights = _weights(args, settings, rollout_data)
+    weights, stopped = _weights(args, settings, rollout_data)
     _recorder.steps += len(rollout_data["num_microbatches"])
     kl = rollout_data["kl"]
     rewards = torch.tensor(rollout_data["rewards"], dtype=torch.float32, device=kl[0].device)
     rollout_data["returns"] = returns = get_grpo_returns(rewards, kl)
     rollout_data["advantages"] = [a * w for a, w in zip(returns, weights, strict=True)]
     rollout_data["shear_weights"] = weights
+    rollout_data["shear_stopped"] = [stopped] * len(weights)
 
 
-def _weights(args: Any, settings: Settings, data: dict[str, Any]) -> list[Tensor]:
-    """Weights of the response tokens (R,), or of those of them that are this context rank's."""
+def _weights(args: Any, settings: Settings, data: dict[str, Any]) -> tuple[list[Tensor], float]:
+    """Weights of the response tokens (R,), or of those of them that are this context rank's.
+
+    Beside them PairCounts.stopped_share of all ranks.
+    """
     micro_batches, recorded = data["micro_batch_indices"], _recorder.states
     if len(recorded) != len(micro_batches):
         raise RuntimeError(
@@ -205,7 +212,8 @@ def _weights(args: Any, settings: Settings, data: dict[str, Any]) -> list[Tensor
                 rank, place = layout.places(wanted, total)
                 made.add(stream[rank, start + place], [len(wanted)], rollouts.at([i]))
             start += layout.rows(total)
-    found = made.finish(_recorder.steps, process_group).weights
+    finished = made.finish(_recorder.steps, process_group)
+    found = finished.weights
     flat = torch.cat(
         [
             lay_back([found[sample]], mask)
@@ -216,7 +224,8 @@ def _weights(args: Any, settings: Settings, data: dict[str, Any]) -> list[Tensor
     )
     dist.all_reduce(flat, group=team)  # exact: all but one are 0
     whole = torch.split(flat, [len(mask) for mask in masks])
-    return [own_part(row, total) for row, total in zip(whole, data["total_lengths"], strict=True)]
+    parts = [own_part(row, total) for row, total in zip(whole, data["total_lengths"], strict=True)]
+    return parts, finished.pairs.stopped_share
 
 
 def _rewards(data: dict[str, Any]) -> Tensor:

@@ -55,8 +55,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
     """Multiplies the advantages of ms-swift's GRPOTrainer with token weights; put it before that.
 
     Logs over all completion tokens of a generation batch ``shear/weight_mean``, ``weight_p95``,
-    ``weight_max``, and ``shear/mixed_groups``, the share of groups with both labels (the others
-    have weight 1).
+    ``weight_max``, ``mixed_groups``, the share of groups with both labels (the others have weight
+    1), and ``stopped``, the share of solved span pairs that had not converged (see log_weights).
     """
 
     shear_settings = RewardSettings()

@@ -82,8 +82,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
     """Multiplies the advantages of a GRPOTrainer with token weights; put it before the trainer.
 
     Logs over all completion tokens of a generation batch ``shear/weight_mean``, ``weight_p95``,
-    ``weight_max``, and ``shear/mixed_groups``, the share of groups with both labels (the others
-    have weight 1).
+    ``weight_max``, ``mixed_groups``, the share of groups with both labels (the others have weight
+    1), and ``stopped``, the share of solved span pairs that had not converged (see log_weights).
     """
 
     def __init__(self, *args: Any, shear_config: ShearConfig | None = None, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ The pass for the old log-probabilities, which verl makes anyway, also gives the 
 are regrouped over the data-parallel group, and a field ``shear_weights`` per token goes back with
 the log-probabilities. The driver multiplies the advantages with it.
 
-Steps log ``shear/weight_mean`` and ``shear/weight_max``. If they do not, the plugin did not load:
+Steps log ``shear/weight_mean``, ``weight_max``, ``stopped``. If they do not, the plugin is not on:
 verl hides why, but VERL_USE_EXTERNAL_MODULES=shear_ops.integrations.verl shows it.
 
 Tested: the engine on CPU, in all layouts (padding removed or not, dynamic batches or not). Run with
@@ -47,6 +47,7 @@ from ..training.settings import Settings, refuse
 
 FLAG = "shear"  # with the data of a pass: the section of the configuration, and the step, as JSON
 FIELD = "shear_weights"
+STOPPED = "shear_stopped"  # of all ranks, with every rollout
 
 
 class _Pass:
@@ -80,23 +81,29 @@ class _Pass:
         rollouts = self.rollouts.at(micro_batch["shear_place"].tolist())
         self.round.add(hidden[keep], lengths, rollouts)
 
-    def weights(self, data: Any) -> Tensor:
-        """Weights of all response tokens, jagged like the responses."""
-        found = self.round.finish(self.step, self.group).weights
+    def outputs(self, data: Any) -> dict[str, Tensor]:
+        """Weights of all response tokens, jagged like the responses, and the share stopped."""
+        finished = self.round.finish(self.step, self.group)
+        found = finished.weights
         rows = [
             lay_back([found[sample]], mask.to(found[sample].device))
             for sample, mask in zip(
                 self.rollouts.sample_ids, data["response_mask"].unbind(), strict=True
             )
         ]
-        lengths = [len(row) for row in rows]
-        return torch.nested.nested_tensor_from_jagged(
-            torch.cat(rows),
-            torch.tensor([0, *lengths], device=rows[0].device).cumsum(0),
-            # without these, later padding is to the total number of tokens
-            min_seqlen=min(lengths),
-            max_seqlen=max(lengths),
-        )
+        stopped = rows[0].new_tensor([finished.pairs.stopped_share])
+        return {FIELD: _jagged(rows), STOPPED: _jagged([stopped] * len(rows))}
+
+
+def _jagged(rows: list[Tensor]) -> Tensor:
+    lengths = [len(row) for row in rows]
+    return torch.nested.nested_tensor_from_jagged(
+        torch.cat(rows),
+        torch.tensor([0, *lengths], device=rows[0].device).cumsum(0),
+        # without these, later padding is to the total number of tokens
+        min_seqlen=min(lengths),
+        max_seqlen=max(lengths),
+    )
 
 
 # the key with a vendor outranks the stock entry ("fsdp", "cuda")
@@ -122,7 +129,7 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         try:
             with self._shear_capture.whole() as self._shear_states:
                 output = super().infer_batch(data, loss_function)
-            output["model_output"][FIELD] = self._shear_pass.weights(data)
+            output["model_output"].update(self._shear_pass.outputs(data))
         finally:
             self._shear_pass = None
             del data["shear_place"]
@@ -218,10 +225,12 @@ def _install(trainer: Any) -> None:
         if self.config.get("shear", None) is None:
             return batch
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
-        data = trainer_base.tq.kv_batch_get(**where, select_fields=["advantages", FIELD])
+        fields = ["advantages", FIELD, STOPPED]
+        data = trainer_base.tq.kv_batch_get(**where, select_fields=fields)
         advantages, weights = data["advantages"], data.pop(FIELD)
         weights = weights.to(advantages.device)
         metrics.update(of_weights(weights.values()))
+        metrics["shear/stopped"] = data.pop(STOPPED).values().max().item()
         rows = zip(advantages.unbind(), weights.unbind(), strict=True)
         data["advantages"] = torch.nested.as_nested_tensor(
             [row * factors for row, factors in rows], layout=torch.jagged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class PairCounts(NamedTuple):
     abandoned: int
     solved: int
     stopped: int
+
+    @property
+    def stopped_share(self) -> float:
+        """Share of the solved pairs that n_iters stopped: their distances have not converged."""
+        return self.stopped / self.solved if self.solved else 0.0
 
 
 class SpanDistances(NamedTuple):
@@ -118,6 +123,25 @@ def _weights(batch: Batch, backend: str, config: SpanConfig) -> Tensor:
     return batch.restore(weights)
 
 
+def _weights_and_counts(
+    batch: Batch, backend: str, config: SpanConfig
+) -> tuple[Tensor, PairCounts]:
+    if backend == "reference":
+        given, parameters = batch.tensors(), asdict(config)
+        found = reference.span_distances(*given, **parameters)
+        weights = reference.token_weights(found, *given, **parameters).float()
+        return batch.restore(weights), PairCounts(*found.pairs)
+    operators = backends.operators(backend)
+    with batch.in_callers_words():
+        weights, pairs = operators.span_weights_and_pairs(*batch.tensors(), **config.op_arguments())
+    return batch.restore(weights), _counts(pairs)
+
+
+def _counts(pairs: Tensor) -> PairCounts:
+    return PairCounts(*(int(n) for n in pairs.tolist()))
+
+
+@overload
 def span_weights(
     hidden: Tensor,
     *,
@@ -127,7 +151,35 @@ def span_weights(
     labels: Integers,
     config: SpanConfig = SpanConfig(),
     backend: str | None = None,
-) -> Tensor:
+    return_counts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def span_weights(
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    group_ids: Integers,
+    labels: Integers,
+    config: SpanConfig = SpanConfig(),
+    backend: str | None = None,
+    return_counts: Literal[True],
+) -> tuple[Tensor, PairCounts]: ...
+
+
+def span_weights(
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    group_ids: Integers,
+    labels: Integers,
+    config: SpanConfig = SpanConfig(),
+    backend: str | None = None,
+    return_counts: bool = False,
+) -> Tensor | tuple[Tensor, PairCounts]:
     """Token weights of SHEAR (arXiv 2604.23318, Eq. 2-4, Steps 1-3). Not differentiable.
 
     Args:
@@ -140,10 +192,11 @@ def span_weights(
         config: parameters of the method.
         backend: None (automatic), "cpu", "cuda", "triton", or "reference" (float64, any device,
             slow).
+        return_counts: also count span pairs; on a GPU that waits for the call to end.
 
     Returns:
         float32 weights, (N,) or (B, T) with 1.0 where masked. Rollouts without an opposing set,
-        and ignored ones, have weight 1.
+        and ignored ones, have weight 1. With return_counts a pair: weights, PairCounts.
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value wanted.
@@ -157,6 +210,8 @@ def span_weights(
         config=config,
         backend=backend,
     )
+    if return_counts:
+        return _weights_and_counts(batch, chosen, config)
     return _weights(batch, chosen, config)
 
 
@@ -260,7 +315,7 @@ def span_distances(
         rollout=rollout,
         begin=begin,
         end=end,
-        pairs=PairCounts(*(int(n) for n in pairs.tolist())),
+        pairs=_counts(pairs),
     )
 
 

@@ -18,7 +18,14 @@ from .. import _C  # noqa: F401
 from . import backends, cuda
 from .batch import check_op_cost, check_op_integers, check_op_pair, check_op_states
 
-NAMES = ("span_weights", "span_distances", "pair_distances", "sinkhorn")
+NAMES = (
+    "span_weights",
+    "span_weights_and_pairs",
+    "span_distances",
+    "pair_distances",
+    "sinkhorn",
+)
+PAIR_COUNTS = 5
 
 
 def span_count(tokens: int, span: int, stride: int) -> int:
@@ -47,6 +54,15 @@ def _(
     return hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
 
 
+@register_fake("shear::span_weights_and_pairs")
+def _(
+    hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    _check_batch(hidden, cu_seqlens, group_ids, labels)
+    weights = hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
+    return weights, hidden.new_empty((PAIR_COUNTS,), dtype=torch.int64)
+
+
 @register_fake("shear::span_distances")
 def _(
     hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, **kwargs: Any
@@ -59,7 +75,7 @@ def _(
         hidden.new_empty((spans,), dtype=torch.float32),
         hidden.new_empty((spans,), dtype=torch.int32),
         hidden.new_empty((spans, 3), dtype=torch.int64),
-        hidden.new_empty((5,), dtype=torch.int64),
+        hidden.new_empty((PAIR_COUNTS,), dtype=torch.int64),
     )
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import SpanConfig
+from ..ops.api import PairCounts
 from ..ops.batch import Batch, Integers, Row, as_integers
 from . import distributed
 from .weighting import Weighting
@@ -22,7 +23,7 @@ class BankedWeights(NamedTuple):
 
     Attributes:
         weights: by sample id, in the order of adding: (T_i,) float32 on the device of the states.
-        states_sent, weights_sent, groups, mixed_groups: as in distributed.GroupWeights.
+        states_sent, weights_sent, groups, mixed_groups, pairs: as in distributed.GroupWeights.
     """
 
     weights: dict[int, Tensor]
@@ -30,6 +31,7 @@ class BankedWeights(NamedTuple):
     weights_sent: int
     groups: int
     mixed_groups: int
+    pairs: PairCounts
 
 
 class HiddenBank:
@@ -176,4 +178,5 @@ class HiddenBank:
             weights_sent=found.weights_sent,
             groups=found.groups,
             mixed_groups=found.mixed_groups,
+            pairs=found.pairs,
         )

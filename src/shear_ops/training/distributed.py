@@ -33,6 +33,7 @@ class GroupWeights(NamedTuple):
         weights: float32, (N,) or (B, T) as span_weights returns them.
         states_sent, weights_sent: bytes that this rank sent to other ranks.
         groups, mixed_groups: of all ranks: how many groups, and how many with both labels.
+        pairs: span pairs of all ranks.
     """
 
     weights: Tensor
@@ -40,6 +41,7 @@ class GroupWeights(NamedTuple):
     weights_sent: int
     groups: int
     mixed_groups: int
+    pairs: api.PairCounts
 
 
 class _Form(NamedTuple):
@@ -138,6 +140,8 @@ def span_weights(
     ]
     arrived, states_sent = link.exchange(to_owner, states_of, columns=dim, dtype=dtype)
 
+    counted: list[api.PairCounts] = []  # of the groups that this rank computes
+
     def compute() -> dict[_Rollout, Tensor]:
         found: dict[_Rollout, Tensor] = {}
         for group in (g for g in mixed if owners[g] == link.rank):
@@ -145,16 +149,18 @@ def span_weights(
             lengths = [r.tokens for r in members]
             whole = torch.cat([arrived[r] if r in arrived else states_of(r) for r in members])
             try:
-                weights = api.span_weights(
+                weights, pairs = api.span_weights(
                     whole,
                     cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
                     group_ids=[group] * len(members),
                     labels=[r.label for r in members],
                     config=config,
                     backend=backend,
+                    return_counts=True,
                 )
             except ValueError as error:
                 raise _in_callers_words(error, whole, members) from None
+            counted.append(pairs)
             parts = torch.split(weighting.apply(weights, step), lengths)
             found.update(zip(members, parts, strict=True))
         return found
@@ -176,6 +182,7 @@ def span_weights(
         weights_sent=weights_sent,
         groups=len(groups),
         mixed_groups=len(mixed),
+        pairs=_sum_of_counts(link, counted),
     )
 
 
@@ -271,6 +278,12 @@ def _forms(
         raise ValueError(f"hidden must have one d and one dtype on all ranks, got {seen}")
     ((dim, code),) = forms
     return dim, STATE_DTYPES[code], sum(form.rollouts for form in ranks[: link.rank])
+
+
+def _sum_of_counts(link: Link, counted: list[api.PairCounts]) -> api.PairCounts:
+    everywhere = link.gather(counted, columns=len(api.PairCounts._fields))
+    rows = [row for of_rank in everywhere for row in of_rank]
+    return api.PairCounts(*(map(sum, zip(*rows, strict=True)) if rows else (0, 0, 0, 0, 0)))
 
 
 def _groups(link: Link, rows: list[Row], sample_ids: Sequence[int]) -> dict[int, list[_Rollout]]:

@@ -25,7 +25,9 @@ def log_weights(
     found: GroupWeights | BankedWeights,
     metrics: MutableMapping[str, Any],
 ) -> None:
-    """Append ``shear/weight_mean``, ``weight_p95``, ``weight_max``, ``mixed_groups``. Collective.
+    """Append what trainers log, lists by name. Collective.
+
+    ``shear/weight_mean``, ``weight_p95``, ``weight_max``, ``mixed_groups``, ``stopped``.
 
     For trainers that gather with accelerate.
 
@@ -33,13 +35,15 @@ def log_weights(
         accelerator: the trainer's accelerate.Accelerator.
         weights: (N,) of all tokens of this rank.
         found: what the weights were found with; mixed_groups is the share of groups with both
-            labels (the others have weight 1).
+            labels (the others have weight 1), stopped that of the solved span pairs whose distance
+            had not converged after n_iters: 0, or the weights may be off.
         metrics: lists by name, made when missing.
     """
     padded = accelerator.pad_across_processes(weights, pad_index=-1)
     everywhere = accelerator.gather(padded)
     everywhere = everywhere[everywhere != -1]  # weights are at least 0, or NaN, which must show
     metrics["shear/mixed_groups"].append(found.mixed_groups / found.groups)
+    metrics["shear/stopped"].append(found.pairs.stopped_share)
     if everywhere.numel():
         for name, value in of_weights(everywhere).items():
             metrics[name].append(value)

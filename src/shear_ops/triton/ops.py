@@ -57,12 +57,19 @@ def span_weights(
     hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, **options: Any
 ) -> Tensor:
     """Token weights (N,) float32."""
+    return span_weights_and_pairs(hidden, cu_seqlens, group_ids, labels, **options)[0]
+
+
+def span_weights_and_pairs(
+    hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Token weights (N,) float32, and counts of pairs as in span_distances."""
     with _on(hidden):
         given, tables = _prepare(hidden, cu_seqlens, group_ids, labels, options)
         found = run(hidden.contiguous(), tables, given)
         weights = token_weights(found, tables, given)
         _check_finite(found, tables, given, cu_seqlens, group_ids)
-    return weights
+    return weights, found.counts
 
 
 def span_distances(
