@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -271,7 +273,7 @@ def test_record_makes_states_of_equal_tokens_equal(kind: str) -> None:
         output, recording = capture.record(mask, counted(model, calls))
     assert torch.equal(output.logits, drawn)
     output.logits.sum().backward()
-    assert calls == [True, False]
+    assert calls == [True, False, False]  # the third to compare, once
     assert all(module.training for module in model.modules())
     first, *others = recording.hidden.chunk(3)
     assert all(torch.equal(first, other) for other in others)
@@ -282,7 +284,9 @@ def test_record_makes_states_of_equal_tokens_equal(kind: str) -> None:
     model.train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
+        calls.clear()
         capture.record(mask, counted(model, calls))
+    assert calls == [True, False]
 
 
 @needs_transformers
@@ -295,11 +299,97 @@ def test_record_without_dropout_is_one_forward(kind: str) -> None:
     calls: list[bool] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, recording = HiddenCapture(model).record(KEEP, counted(model, calls))
+        capture = HiddenCapture(model)
+        _, recording = capture.record(KEEP, counted(model, calls))
+        assert calls == [True, False]  # the second to compare, once
+        calls.clear()
+        capture.record(KEEP, counted(model, calls))
         with HiddenCapture(model).recording(KEEP):
             model(IDS)
     assert calls == [True]
     assert recording.hidden.shape == (8, 16)
+
+
+NOISES: dict[str, Any] = {
+    "dropout that stays on": lambda x, training: nn.functional.dropout(x, 0.3, training=True),
+    "its own generator": lambda x, training: x + torch.randn(x.shape, generator=OWN),
+    "numpy": lambda x, training: x + torch.from_numpy(NUMPY.standard_normal(x.shape)).to(x.dtype),
+    "its own generator, in training": lambda x, training: (
+        x + torch.randn(x.shape, generator=OWN) if training else x
+    ),
+    "numpy besides dropout": lambda x, training: (
+        nn.functional.dropout(x, 0.3, training)
+        + torch.from_numpy(NUMPY.standard_normal(x.shape)).to(x.dtype)
+    ),
+}
+OWN, NUMPY = torch.Generator().manual_seed(1), np.random.default_rng(2)
+
+
+def noisy(noise: Any, dtype: torch.dtype = torch.float32) -> Any:
+    model = tiny.model("Llama").to(dtype).train()
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(
+        lambda module, args, output: noise(output, module.training).to(dtype)
+    )
+    return model
+
+
+@needs_transformers
+@pytest.mark.filterwarnings("ignore:.*random numbers")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", NOISES)
+def test_record_refuses_noise_that_it_cannot_take_out(kind: str, dtype: torch.dtype) -> None:
+    """It used to give states with the noise in them, and said that they were without."""
+    model = noisy(NOISES[kind], dtype)
+    capture = HiddenCapture(model)
+    where = " in evaluation mode" if "dropout" in kind else ""
+    wanted = rf"of the same rows{where} gave states that differ by \d[\d.e-]* of their norm"
+    for _ in range(2):  # not once only
+        with pytest.raises(RuntimeError, match=wanted):
+            capture.record(KEEP, lambda: model(IDS))
+
+
+@needs_transformers
+def test_record_refuses_noise_that_begins_later() -> None:
+    """In evaluation mode, and of torch's default generators: the others are compared once."""
+    share = 0.0
+    model = noisy(lambda x, training: x + share * torch.randn_like(x))
+    capture = HiddenCapture(model)
+    with pytest.warns(UserWarning, match="draw random numbers"):
+        _, recording = capture.record(KEEP, lambda: model(IDS))
+    assert torch.equal(recording.hidden, wanted_states(model.eval()))
+    share = 0.1
+    with pytest.raises(RuntimeError, match="in evaluation mode gave states that differ"):
+        capture.record(KEEP, lambda: model(IDS))
+
+
+@needs_transformers
+def test_record_takes_out_noise_as_its_error_advises() -> None:
+    model = noisy(lambda x, training: nn.functional.dropout(x, 0.3, training=training))
+    with pytest.warns(UserWarning, match="in evaluation mode"):
+        _, recording = HiddenCapture(model).record(KEEP, lambda: model(IDS))
+    assert torch.equal(recording.hidden, wanted_states(model.eval()))
+
+
+@needs_transformers
+@pytest.mark.parametrize("autocast", [False, True])
+def test_record_takes_rounding_for_no_noise(autocast: bool) -> None:
+    """As of kernels that add in any order; also of states that sink tokens are among."""
+    unit = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    model = noisy(lambda x, training: x * (1 + 4 * unit * torch.randn(x.shape, generator=OWN)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, recording = HiddenCapture(model).record(KEEP, lambda: model(IDS))
+    assert recording.hidden.shape == (8, 16)
+
+
+def test_record_of_no_rows_and_of_no_tokens() -> None:
+    model = Plain()
+    capture = HiddenCapture(model, backbone=model.body)
+    _, recording = capture.record(MASK[:0], lambda: None)
+    assert len(recording.hidden) == 0
+    capture = HiddenCapture(model, backbone=model.body)
+    _, recording = capture.record(MASK * 0, lambda: model(TOKENS))
+    assert recording.hidden.shape == (0, 4)
 
 
 def test_recording_says_that_random_numbers_were_drawn() -> None:
@@ -413,10 +503,116 @@ def test_width_of_a_model_that_projects_its_states() -> None:
     with torch.no_grad(), HiddenCapture(model.model.decoder).recording(KEEP) as recording:
         model(IDS)
     assert recording.hidden.shape == (8, 8)
-    # OPT's head takes the decoder's output past base_model
-    wanted = r"processed 0 rows.*give backbone="
-    with pytest.raises(RuntimeError, match=wanted), HiddenCapture(model).recording(KEEP):
+    with torch.no_grad(), HiddenCapture(model).recording(KEEP) as whole:
         model(IDS)
+    assert torch.equal(whole.hidden, recording.hidden)
+
+
+DECODERS = (
+    "OPT", "Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "Marian", "MBart", "Mvp",
+    "Pegasus", "PLBart", "ProphetNet", "TrOCR", "Whisper",
+)  # fmt: skip
+
+
+def decoder(kind: str) -> Any:
+    """A causal language model whose head takes the output of a decoder past base_model."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "OPT": {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "ProphetNet": {"hidden_size": 16, "decoder_ffn_dim": 16, "num_decoder_layers": 1, "num_decoder_attention_heads": 2},
+    }.get(kind, {"d_model": 16, "decoder_ffn_dim": 16, "decoder_layers": 1, "decoder_attention_heads": 2})  # fmt: skip
+    if kind == "Whisper":
+        sizes["max_target_positions"] = 64
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, is_decoder=True, is_encoder_decoder=False, **sizes,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@needs_transformers
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_that_is_called_past_the_backbone(kind: str, given: bool) -> None:
+    """Nothing was recorded, and backbone=model.model did not help."""
+    model = decoder(kind)
+    capture = HiddenCapture(model, backbone=model.base_model if given else None)
+    with torch.no_grad(), capture.recording(KEEP) as recording:
+        model(input_ids=IDS)
+    assert torch.equal(recording.hidden, wanted_states(model))
+    capture.remove()
+    with pytest.raises(RuntimeError, match="processed 0 rows"), capture.recording(KEEP):
+        model(input_ids=IDS)
+
+
+@needs_transformers
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_decoder_inside_the_backbone_is_recorded_once(compiled: bool) -> None:
+    """Also after a forward that raised inside."""
+    model = decoder("OPT")
+    capture = HiddenCapture(model)
+    head, wanted = model, wanted_states(model)
+    backbone = model.model
+    if compiled:
+        head, backbone = (torch.compile(m, backend="eager") for m in (head, backbone))
+    for called in (backbone, head):
+        with pytest.raises(IndexError), capture.recording(KEEP):
+            called(input_ids=IDS + 100)
+        with torch.no_grad(), capture.recording(KEEP) as recording:
+            called(input_ids=IDS)
+        assert torch.equal(recording.hidden, wanted)
+
+
+def mixtral(**config: Any) -> Any:
+    return tiny.model("Mixtral", num_local_experts=2, num_experts_per_tok=1, **config)
+
+
+NAMED: dict[str, Any] = {
+    "OPT": (lambda: decoder("OPT"), "dropout = 0.1", "dropout=0.0"),
+    "Mixtral": (
+        lambda: mixtral(router_jitter_noise=0.2),
+        "router_jitter_noise = 0.2",
+        "router_jitter_noise=0.0",
+    ),
+    "several": (
+        lambda: tiny.model("Phi", resid_pdrop=0.25, attention_dropout=0.5),
+        "resid_pdrop = 0.25",
+        "attention_dropout=0.0",
+    ),
+}
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", NAMED)
+def test_warning_names_what_is_at_work_and_how_to_switch_it_off(kind: str, tmp_path: Any) -> None:
+    """A value of 0 elsewhere hid it, and jitter was called dropout. The advice is followed."""
+    make, named, advised = NAMED[kind]
+    model = make().train()
+    with pytest.warns(UserWarning, match="draw random numbers") as seen:
+        HiddenCapture(model).record(KEEP, lambda: model(input_ids=IDS))
+    (message,) = [str(w.message) for w in seen if "draw random" in str(w.message)]
+    listed = re.search(r"\((.*?)\):", message)
+    fields = re.search(r"from_pretrained\(\.\.\., (.*?)\)", message)
+    assert listed is not None
+    assert fields is not None
+    assert named in listed[1].split(", ")
+    assert advised in fields[1].split(", ")
+    assert " = 0" not in listed[1].replace(" = 0.", "")
+    model.save_pretrained(tmp_path)
+    given = {name: float(v) for name, v in (f.split("=") for f in fields[1].split(", "))}
+    quiet = type(model).from_pretrained(tmp_path, **given).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*random numbers")
+        HiddenCapture(quiet).record(KEEP, lambda: quiet(input_ids=IDS))
+
+
+@needs_transformers
+def test_warning_without_a_field_that_could_be_set_to_0() -> None:
+    model = noisy(lambda x, training: nn.functional.dropout(x, 0.3, training=training))
+    with pytest.warns(UserWarning, match="No module or configuration has a dropout, jitter or"):
+        HiddenCapture(model).record(KEEP, lambda: model(IDS))
 
 
 def fully_sharded(rank: int) -> tuple[Tensor, Tensor]:
@@ -446,9 +642,11 @@ def data_parallel(rank: int) -> tuple[Tensor, Tensor]:
     return wanted_states(model.module), recording.hidden
 
 
-def dropping_out_data_parallel(rank: int, sharded: bool = False) -> tuple[Tensor, Tensor]:
+def dropping_out_data_parallel(
+    rank: int, sharded: bool = False, dropout: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """The second forward comes between the first and its backward."""
-    model = tiny.model("Llama", attention_dropout=0.5)
+    model = tiny.model("Llama", attention_dropout=dropout)
     wanted = wanted_states(model.eval())
     if sharded:
         from torch.distributed.device_mesh import init_device_mesh
@@ -471,11 +669,20 @@ def dropping_out_sharded(rank: int) -> tuple[Tensor, Tensor]:
     return dropping_out_data_parallel(rank, sharded=True)
 
 
+def compared_data_parallel(rank: int) -> tuple[Tensor, Tensor]:
+    return dropping_out_data_parallel(rank, dropout=0.0)
+
+
+def compared_sharded(rank: int) -> tuple[Tensor, Tensor]:
+    return dropping_out_data_parallel(rank, sharded=True, dropout=0.0)
+
+
 @needs_transformers
 @pytest.mark.parametrize(
     "wrapped",
-    [fully_sharded, data_parallel, dropping_out_data_parallel, dropping_out_sharded],
-)
+    [fully_sharded, data_parallel, dropping_out_data_parallel, dropping_out_sharded,
+     compared_data_parallel, compared_sharded],
+)  # fmt: skip
 def test_under_data_parallelism(wrapped: Any) -> None:
     for wanted, hidden in ranks.run(2, wrapped):
         torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-6)

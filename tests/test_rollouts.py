@@ -264,7 +264,9 @@ def test_files_that_are_not_safetensors(file: Path) -> None:
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert refusal(tmp_path / "missing") == "no such file"
-    assert refusal(tmp_path) == "no such file"
+    assert refusal(tmp_path) == "it is a folder"
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal(tmp_path / "pipe") == "it is no regular file"
 
 
 def test_a_file_that_changes_after_it_was_read(file: Path) -> None:

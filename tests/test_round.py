@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -228,6 +230,38 @@ def test_does_not_warn_after_a_mixed_group(watched: None) -> None:
     assert score(0.0, 0.0, steps=9) == []
     assert score(0.0, 1.0) == []
     assert score(0.0, 0.0, steps=50) == []
+
+
+def test_evaluation_does_not_count(watched: None) -> None:
+    """Neither do its steps warn, nor does a mixed group in it say that SHEAR is on."""
+    for _ in range(50):
+        evaluated = torch.tensor([0.0, 1.0])
+        Rollouts.scored(evaluated, 0.5, sample_ids=[0, 1], group_ids=[0, 0], training=False)
+    assert score(0.0, 0.0, steps=9) == []
+    assert len(score(0.0, 0.0)) == 1
+
+
+PROCESS = """
+import sys, torch
+from shear_ops.training.round import Rollouts
+for reward in map(float, sys.argv[1:]):
+    Rollouts.scored(torch.tensor([reward, 0.0]), 0.5, sample_ids=[0, 1], group_ids=[0, 0])
+print("trained")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [("0 0 0.25", "in all of 3 steps, so all .* were from 0 to 0.25, .* none was: set threshold"),
+     ("0", "in all of 1 step, "), ("0 1 0", ""), ("", ""), ("0 " * 12, "in the first 10 steps")],
+)  # fmt: skip
+def test_warns_at_the_end_of_a_short_run(rewards: str, said: str) -> None:
+    """It was silent: smoke tests and short runs have fewer than ten steps."""
+    command = [sys.executable, "-c", PROCESS, *rewards.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "trained\n")
+    assert done.stderr.count("UserWarning: no group had correct and incorrect") == bool(said)
+    assert re.search(said, done.stderr)
 
 
 def test_at() -> None:

@@ -369,6 +369,18 @@ def test_rewards_that_never_cross_the_threshold(mode: str, monkeypatch: pytest.M
     assert sum("no group had" in str(warning.message) for warning in seen) == 1
 
 
+def test_evaluation_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rollouts neither say that SHEAR is on, nor that it is off."""
+    watched = Watch()
+    monkeypatch.setattr("shear_ops.integrations.trl.watch", watched)
+    trainer = build(ShearGRPOTrainer, per_device_eval_batch_size=4)
+    trainer.eval_dataset = tiny.prompts(2)
+    trainer.evaluate()
+    assert (watched._steps, watched._over) == (0, False)
+    train(trainer)
+    assert watched._steps or watched._over
+
+
 def test_policy_whose_adapter_is_named_ref(calls: list[dict[str, Any]]) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     for mode in ("loss", "score"):

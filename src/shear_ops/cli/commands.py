@@ -214,6 +214,8 @@ def _check_outputs(file: Path, report: Path | None, out: Path | None) -> None:
     for option, path in (("--out", out), ("--report", report)):
         if path is None:
             continue
+        if str(path) == "-":
+            raise ValueError(f"{option} must be the path of a file, got '-': stdout has the text")
         for name, other in seen.items():
             if same_file(path, other):
                 raise ValueError(f"{option} is {name}: {escaped(path)}")

@@ -61,15 +61,23 @@ class Rollouts:
 
     def tokens_of(self, rollout: int) -> slice:
         """Return where a rollout is among the N tokens."""
-        return slice(int(self.cu_seqlens[rollout]), int(self.cu_seqlens[rollout + 1]))
+        return slice(self._offsets[rollout], self._offsets[rollout + 1])
 
     def first_wrong_of(self, rollout: int) -> int:
         """Return the position of a rollout's first wrong token, -1 if unknown."""
         return -1 if self.first_wrong is None else int(self.first_wrong[rollout])
 
+    def first_wrongs(self) -> list[int]:
+        """Return what first_wrong_of returns, of all rollouts."""
+        return [-1] * len(self) if self.first_wrong is None else self.first_wrong.tolist()
+
     def label_of(self, rollout: int) -> str:
         """Return a rollout's label as a word."""
         return LABELS[int(self.labels[rollout])]
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        return self.cu_seqlens.tolist()
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of span_weights."""
@@ -142,7 +150,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise RolloutFileError("no such file")
+        kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else ""
+        raise RolloutFileError(f"it is {kind}" if kind else "no such file")
     try:
         before = path.stat()
         with safe_open(path, framework="pt") as file:

@@ -95,6 +95,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
             sample_ids=places,
             group_ids=[place // size for place in places],
             ignored=[s.is_truncated for s in samples] if self.overlong_filter else None,
+            training=self.model.training,
         )
         self._shear_round = Round(settings)
         return super()._prepare_batch_inputs(samples)

@@ -10,7 +10,8 @@ trainer does anyway, where there is one:
   generation batch.
 
 Where that forward draws random numbers, as dropout does in any form, states of equal tokens would
-differ: they come from one more forward, in evaluation mode, and a warning says so.
+differ: they come from one more forward, in evaluation mode, and a warning says so. The first
+forward is made twice, to see noise that shows in no other way (HiddenCapture.record).
 
 Groups may lie on several ranks: states are regrouped over the whole world (shear_ops.distributed).
 
@@ -246,7 +247,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
             self.state.global_step,
         )
         rewards = self._shear_rewards[:, self._shear_correctness]
-        watch.step(rewards, self.shear_config.threshold, found.mixed_groups > 0)
+        if training:
+            watch.step(rewards, self.shear_config.threshold, found.mixed_groups > 0)
         batch["advantages"] = batch["advantages"][:, None] * lay_back([found.weights], mask)
         metrics = self._metrics["train" if training else "eval"]
         log_weights(self.accelerator, found.weights, found, metrics)

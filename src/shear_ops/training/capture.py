@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,8 @@ from ..ops.batch import check_states, mask_as_bool
 
 ALIGNMENTS = ("token", "predictor")
 
+PART = 4096  # rows
+
 Result = TypeVar("Result")
 
 
@@ -22,18 +25,22 @@ class HiddenCapture:
     """Records last-layer hidden states with a forward hook on a model's backbone.
 
     The backbone is found below DDP, FSDP, DeepSpeed, torch.compile and PEFT, as transformers'
-    ``base_model``, or below that where it has the LM head in it. Its output is the input of the
-    head, also where a trainer fuses the head with the log-probabilities, so logits are neither
-    needed nor kept, and refused by their width. Passes of a PEFT model with its
-    adapters disabled, or with the adapter "ref" active, are the reference's and not recorded; the
-    adapter that is active when the capture is made is the policy's, whatever its name.
+    ``base_model``, or below that where it has the LM head in it; where a model calls only the
+    decoder in it, as OPT does, that is recorded. Its output is the input of the head, also where a
+    trainer fuses the head with the log-probabilities, so logits are neither needed nor kept, and
+    refused by their width. Passes of a PEFT model with its adapters disabled, or with the adapter
+    "ref" active, are the reference's and not recorded; the adapter that is active when the capture
+    is made is the policy's, whatever its name.
 
     Make it once, before the first forward: torch.compile does not see hooks that come later.
     Outside recording() the hook does nothing.
 
-    Dropout of any kind makes states of equal tokens differ. It is noticed by the random numbers
-    that a forward draws: record() takes the states from one more forward, in evaluation mode, and
-    recording() warns.
+    Dropout, or noise of any other kind, makes states of equal tokens differ. It is noticed by the
+    random numbers that a forward draws from torch's default generators: record() takes the states
+    from one more forward, in evaluation mode, and recording() warns. Noise that is there as well,
+    or that is drawn elsewhere (by numpy, or a generator of the model's own), shows only where the
+    same forward is made twice. record() does that in its first call, and raises where the states
+    differ; recording() and whole() cannot.
 
     Args:
         model: the policy, wrapped or not.
@@ -61,11 +68,20 @@ class HiddenCapture:
         self._whole: list[Tensor] | None = None
         self._warned = False
         self._policy = self._active_adapters
-        self._handle = self.backbone.register_forward_hook(self._hook)
+        self._compared = False
+        self._handles = [self.backbone.register_forward_hook(self._hook)]
+        decoder = _decoder_in(self.backbone, model)
+        self._in_backbone = False
+        if decoder is not None:  # called past the backbone by some models, as by OPT's
+            self._handles += [
+                self.backbone.register_forward_pre_hook(self._enter),
+                decoder.register_forward_hook(self._decoder_hook),
+            ]
 
     def remove(self) -> None:
-        """Remove the hook from the model."""
-        self._handle.remove()
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
 
     @property
     def reference_pass(self) -> bool:
@@ -90,25 +106,64 @@ class HiddenCapture:
 
         The second time without gradients and with the backbone in evaluation mode, for the states.
 
+        The first call of record() costs one forward more, without gradients, in the mode that the
+        states are from: both must give the same. So does each one in which evaluation mode draws
+        random numbers as well.
+
         Args:
-            mask: as in recording(). forward: the forwards of its rows; may be called twice.
+            mask: as in recording(). forward: the forwards of its rows; may be called three times.
 
         Returns:
             What the first call returned, and the states.
 
         Raises:
-            RuntimeError: as recording().
+            RuntimeError: as recording(); and where states of the same rows differ, relative to
+                their norm and as a mean over tokens, by more than the square root of the unit of
+                rounding: 3e-4 in float32, 0.09 in bfloat16 or under autocast to it.
         """
         with self._recorded(mask) as recording:
             result = forward()
-        if recording.drew:
+        drew = recording.drew
+        if drew:
             self._warn(
-                "hidden states are taken from one more forward, in evaluation mode. Without "
-                "dropout there is none"
+                "hidden states are taken from one more forward, in evaluation mode. Without them "
+                "there is none"
             )
-            with torch.no_grad(), evaluating(self.backbone), self._recorded(mask) as recording:
-                forward()
+            recording = self._again(mask, forward, evaluating(self.backbone))
+        # as often on all ranks, whatever their rollouts: under FSDP a forward is collective
+        if recording.drew or not self._compared:
+            mode = evaluating(self.backbone) if drew else nullcontext()
+            again = self._again(mask, forward, mode)
+            self._check_equal(recording.hidden, again, " in evaluation mode" if drew else "")
+            self._compared = True
         return result, recording
+
+    def _again(
+        self, mask: Tensor, forward: Callable[[], Any], mode: AbstractContextManager[None]
+    ) -> Recording:
+        with torch.no_grad(), mode, self._recorded(mask) as recording:
+            forward()
+        return recording
+
+    def _check_equal(self, hidden: Tensor, again: Recording, where: str) -> None:
+        """Raise if the states of two forwards of the same rows differ by more than rounding."""
+        # in parts: a whole generation batch in float32 would be twice its size
+        differences = torch.cat([
+            _difference(hidden[first : first + PART], again.hidden[first : first + PART])
+            for first in range(0, max(len(hidden), 1), PART)
+        ])  # fmt: skip
+        weights = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
+        eps = max([again.eps, *(torch.finfo(dtype).eps for dtype in weights)])
+        mean = differences.mean().item()
+        if mean > eps**0.5:
+            names, _ = _noise(self.backbone)
+            raise RuntimeError(
+                f"two forwards of the same rows{where} gave states that differ by {mean:.2g} of "
+                f"their norm (mean over tokens; at most {differences.max().item():.2g}): noise "
+                "that record() cannot take out, and token weights would be noise as well"
+                f"{names}. Turn it off; or draw it from torch's default generators, and only where "
+                "module.training is true, as dropout(x, p, training=self.training) does"
+            )
 
     @contextmanager
     def recording(self, mask: Tensor) -> Iterator[Recording]:
@@ -138,6 +193,7 @@ class HiddenCapture:
         if self._recording is not None:
             raise RuntimeError("recording is already on")
         self._recording = recording = Recording(mask, self._shift)
+        self._in_backbone = False  # a forward that raised has not left it
         before = _generators()
         try:
             yield recording
@@ -151,12 +207,9 @@ class HiddenCapture:
         if self._warned:
             return
         self._warned = True
-        found = [f"{name} = {value:g}" for name, value in _dropouts(self.backbone).items()]
-        where = f" (dropout: {', '.join(found)})" if found else ""
+        names, advice = _noise(self.backbone)
         warnings.warn(
-            f"the policy's forwards draw random numbers{where}: {consequence}. Set dropout to 0 "
-            "where the model is made, for example from_pretrained(..., attention_dropout=0.0) or "
-            "LoraConfig(lora_dropout=0.0)",
+            f"the policy's forwards draw random numbers{names}: {consequence}. {advice}",
             stacklevel=4,
         )
 
@@ -176,7 +229,17 @@ class HiddenCapture:
             self._whole = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._in_backbone = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _decoder_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._in_backbone:  # which hands it on
+            self._hook(module, args, output)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._in_backbone = False
         if (self._recording is None and self._whole is None) or self.reference_pass:
             return
         hidden = _last_hidden_state(output)
@@ -200,6 +263,7 @@ class Recording:
         hidden: (N, d), detached; the states where mask is set, row by row.
         cu_seqlens: (B + 1,) int64 on the CPU, offsets of the rows in hidden.
         drew: whether random numbers were drawn, as dropout does.
+        eps: unit of rounding of the states, and of autocast around the backbone.
     """
 
     def __init__(self, mask: Tensor, shift: int) -> None:
@@ -209,6 +273,7 @@ class Recording:
             raise ValueError(f"mask must be a (B, C) tensor, got {seen}")
         self.hidden = torch.empty(0, 1, dtype=torch.float32, device="cpu")
         self.drew = False
+        self.eps = 0.0
         self._mask, self._shift = mask_as_bool(mask), shift
         self._parts: list[Tensor] = []
         self._rows = 0
@@ -220,6 +285,10 @@ class Recording:
         rows, (length, columns) = hidden.shape[0], (hidden.shape[1], self._mask.shape[1])
         mask = self._mask[self._rows : self._rows + rows]
         self._rows += rows
+        dtypes = [hidden.dtype]
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtypes.append(torch.get_autocast_dtype(hidden.device.type))
+        self.eps = max(self.eps, *(torch.finfo(dtype).eps for dtype in dtypes))
         if self._rows > self._mask.shape[0]:
             return  # close() raises, after the forward: an error here would look like the model's
         first = length - columns - self._shift
@@ -238,8 +307,9 @@ class Recording:
         if self._rows != self._mask.shape[0]:
             raise RuntimeError(
                 f"the policy's forwards processed {self._rows} rows while recording, wanted "
-                f"{self._mask.shape[0]} (reference passes do not count; where the model does not "
-                "call its base_model, give backbone=)"
+                f"{self._mask.shape[0]} (reference passes do not count; where the model calls "
+                "neither its base_model nor the decoder in it, give backbone=, the module whose "
+                "output is the last hidden state)"
             )
         if self._parts:
             self.hidden = torch.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
@@ -311,6 +381,16 @@ def _below_head(module: nn.Module) -> nn.Module:
     return part
 
 
+def _decoder_in(backbone: nn.Module, model: object) -> nn.Module | None:
+    """The decoder of a model from transformers, if that is a part of its backbone."""
+    for owner in (backbone, *(_unwrapped(model)[-1:] if isinstance(model, nn.Module) else ())):
+        if hasattr(owner, "get_decoder"):
+            found: Any = owner.get_decoder()
+            if found is not backbone and _has(backbone, found):
+                return cast(nn.Module, found)
+    return None
+
+
 def _has(module: nn.Module, part: object) -> bool:
     return any(own is part for own in module.modules())
 
@@ -333,19 +413,48 @@ def _generators() -> list[Tensor]:
     return [torch.get_rng_state(), *(module.get_rng_state() for module in used)]
 
 
-def _dropouts(model: nn.Module) -> dict[str, float]:
-    """What says dropout in a model, and is not 0: its modules, their attributes, its config."""
-    found: dict[str, Any] = dict(getattr(getattr(model, "config", None), "__dict__", {}))
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Of two (n, d), row by row and relative to the norm."""
+    difference, a, b = a.float() - b.float(), a.float(), b.float()
+    norms = torch.maximum(torch.linalg.vector_norm(a, dim=1), torch.linalg.vector_norm(b, dim=1))
+    relative: Tensor = torch.linalg.vector_norm(difference, dim=1) / norms.clamp_min(1e-30)
+    return relative
+
+
+def _noise(model: nn.Module) -> tuple[str, str]:
+    """What says dropout, jitter or noise in a model and is not 0, and how to set it to 0.
+
+    Of its modules, their attributes, their configurations: one name may have several values.
+    """
+    fields: dict[str, float] = {}
+    others: dict[str, float] = {}
+
+    def note(found: dict[str, float], named: dict[str, Any]) -> None:
+        for name, value in named.items():
+            if re.search("drop|jitter|noise", name) and isinstance(value, float) and value > 0:
+                found[name] = value
+
     for path, module in model.named_modules():
-        found |= vars(module)
+        # from_pretrained reaches the model's own fields, not those of configurations in that
+        own_config = getattr(getattr(module, "config", None), "__dict__", {})
+        note(fields if module is model else others, own_config)
+        note(others, vars(module))
         if isinstance(module, nn.modules.dropout._DropoutNd):
             own = [name for name in path.split(".") if "drop" in name]
-            found[own[-1] if own else "dropout"] = module.p
-    return {
-        name: value
-        for name, value in found.items()
-        if "drop" in name and isinstance(value, float) and value > 0
-    }
+            note(others, {own[-1] if own else "dropout": module.p})
+    listed = ", ".join(f"{name} = {value:g}" for name, value in (others | fields).items())
+    if not listed:
+        return "", (
+            "No module or configuration has a dropout, jitter or noise above 0: it is drawn in the "
+            "code of the model, or is without effect"
+        )
+    calls = []
+    if fields:
+        calls.append(f"from_pretrained(..., {', '.join(f'{name}=0.0' for name in fields)})")
+    if "lora_dropout" in others:
+        calls.append("LoraConfig(lora_dropout=0.0)")
+    example = f", for example {' and '.join(calls)}" if calls else ""
+    return f" ({listed})", f"Set them to 0 where the model is made{example}"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ has its tokens. A trainer that has all states at once takes weigh instead of a R
 
 from __future__ import annotations
 
+import atexit
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -49,6 +50,7 @@ class Rollouts:
         sample_ids: Iterable[int],
         group_ids: Iterable[int],
         ignored: Sequence[bool] | None = None,
+        training: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> Rollouts:
         """Rollouts whose rewards are known before their states. Collective, also with none.
@@ -58,6 +60,7 @@ class Rollouts:
         Args:
             rewards: (B,) for correctness, NaN where unscorable. threshold: as in Settings.
             ignored: B, true where a rollout takes no part whatever its reward.
+            training: false for rollouts that only evaluate: what Watch says is not about them.
             process_group: default the whole world.
 
         Raises:
@@ -69,7 +72,8 @@ class Rollouts:
             labels = [-1 if out else label for label, out in zip(labels, ignored, strict=True)]
         groups = list(group_ids)
         mixed = distributed.mixed_groups(groups, labels, process_group=process_group)
-        watch.step(rewards, threshold, bool(mixed))
+        if training:
+            watch.step(rewards, threshold, bool(mixed))
         labels = [
             label if group in mixed else -1 for group, label in zip(groups, labels, strict=True)
         ]
@@ -94,12 +98,14 @@ class Rollouts:
 class Watch:
     """Warns if SHEAR is off: no step so far had a group with both labels. Once per process.
 
-    Rollouts.scored tells it; a trainer that weighs without that does so itself.
+    After STEPS_TO_WARN steps, or at the end of a process that made fewer. Rollouts.scored tells it;
+    a trainer that weighs without that does so itself. Steps are those that train.
     """
 
     def __init__(self) -> None:
         """Start before the first step."""
         self._steps, self._low, self._high = 0, math.inf, -math.inf
+        self._threshold = math.nan
         self._over = False
 
     def step(self, rewards: Tensor, threshold: float, mixed: bool) -> None:
@@ -112,15 +118,24 @@ class Watch:
         self._over |= mixed
         if self._over or rewards.numel() == 0:
             return
-        self._steps += 1
+        self._steps, self._threshold = self._steps + 1, threshold
         if (scored := rewards[~rewards.isnan()]).numel():
             self._low = min(self._low, scored.min().item())
             self._high = max(self._high, scored.max().item())
         if self._steps == STEPS_TO_WARN:
-            self._over = True
-            warnings.warn(self._message(threshold), stacklevel=3)
+            self._warn("the first ", stacklevel=4)
 
-    def _message(self, threshold: float) -> str:
+    def end(self) -> None:
+        """Warn if there were steps, but too few for step() to warn."""
+        if self._steps and not self._over:
+            self._warn("all of ", stacklevel=2)
+
+    def _warn(self, which: str, stacklevel: int) -> None:
+        self._over = True
+        warnings.warn(self._message(which), stacklevel=stacklevel)
+
+    def _message(self, which: str) -> str:
+        threshold, steps = self._threshold, f"{which}{self._steps} step{'s' * (self._steps > 1)}"
         if self._low > self._high:
             seen, why = "never a number", "none was scored"
         else:
@@ -132,13 +147,14 @@ class Watch:
             else:
                 why = "within each group all were, or none"
         return (
-            f"no group had correct and incorrect rollouts in the first {self._steps} steps, so all "
+            f"no group had correct and incorrect rollouts in {steps}, so all "
             f"token weights were 1, as without SHEAR. Rewards for correctness were {seen}, and a "
             f"rollout is correct from threshold = {threshold:g} on: {why}"
         )
 
 
 watch = Watch()
+atexit.register(lambda: watch.end())  # of whatever is the watch then
 
 
 class Round:
