@@ -183,6 +183,59 @@ def test_group_ids_from_uids() -> None:
             shear_ops.group_ids_from_uids(uids)
 
 
+def test_advice_of_errors_works() -> None:
+    """What an error or a docstring sends to takes what it was sent with."""
+    cost = torch.rand(4, 6, dtype=torch.float64)
+    found = shear_ops.reference.sinkhorn(cost, 0.1)
+    assert found.value.shape == ()
+    assert float(found.value) == pytest.approx(
+        float(shear_ops.sinkhorn(cost.float(), reg=0.1).value), rel=2e-3
+    )
+    assert shear_ops.labels_from_rewards([1.0, 0.0, math.nan]).tolist() == [1, 0, -1]
+    with pytest.raises(TypeError, match=r"rewards must be numbers, got \['a'\]"):
+        shear_ops.labels_from_rewards(["a"])
+
+
+def test_a_cost_that_is_refused_is_named() -> None:
+    cost = torch.rand(3, 4, 5)
+    cost[2, 3, 1] = math.inf
+    with pytest.raises(ValueError, match=r"cost must be finite, .* in problem 2$"):
+        shear_ops.sinkhorn(cost, reg=0.1)
+    cost[1, 2, 4] = math.nan  # not in use
+    with pytest.raises(ValueError, match=r"in problem 2$"):
+        shear_ops.sinkhorn(cost, reg=0.1, n_rows=[4, 2, 4])
+    with pytest.raises(ValueError, match=r"in problem 2$"):
+        shear_ops.sinkhorn(cost, reg=0.1, n_cols=[5, 4, 5])
+    x, y = torch.rand(2, 3, 2), torch.rand(2, 4, 2)
+    for name in ("x", "y"):
+        given = {"x": x.clone(), "y": y.clone()}
+        given[name][1, 2, 0] = math.nan
+        with pytest.raises(ValueError, match=rf"^{name} must be finite, .* at {name}\[1, 2\]$"):
+            shear_ops.sinkhorn(**given, reg=0.1)
+    with pytest.raises(ValueError, match=r"cost must be finite, .* in problem 0$"):
+        shear_ops.sinkhorn(x=x * 1e34, y=y, reg=0.1)
+
+
+def test_the_reference_names_what_it_refuses() -> None:
+    x = torch.rand(9, 3)
+    bad = x.clone()
+    bad[4] = math.nan
+    with pytest.raises(ValueError, match=r"^y must be finite, got NaN or Inf at token 4$"):
+        shear_ops.pair_distances(x, bad, backend="reference")
+    with pytest.raises(ValueError, match=r"^x is on meta"):
+        shear_ops.reference.pair_distances(x.to("meta"), x)
+    with pytest.raises(ValueError, match=r"^cost is on meta"):
+        shear_ops.reference.sinkhorn(x.to("meta"), 0.1)
+
+
+def test_integers_that_int64_does_not_have() -> None:
+    given = {**arguments(), "group_ids": torch.tensor([2**64 - 1] * 5, dtype=torch.uint64)}
+    with pytest.raises(
+        ValueError, match=r"^group_ids must be below 2\^63, got 18446744073709551615"
+    ):
+        shear_ops.span_weights(**given)
+
+
 def test_labels_from_rewards() -> None:
     rewards = torch.tensor([1.0, 0.5, 0.49, -3.0, torch.nan, torch.inf])
     labels = shear_ops.labels_from_rewards(rewards)

@@ -220,6 +220,8 @@ def fail_at(rank: int, how: str) -> None:
             arguments["hidden"] = arguments["hidden"].bfloat16()
         elif how == "config":
             arguments["config"] = SpanConfig(span=15, stride=5)
+        elif how == "step":
+            arguments["step"] = "two"
     distributed.span_weights(**arguments, sample_ids=sample_ids)
 
 
@@ -236,7 +238,11 @@ FAILURES = {  # what rank 1 does: the messages of rank 0 and of rank 1
     "sample_ids": ("rank 1 of the process group could not", "sample_ids must have 3 entries"),
     "duplicate": ("sample_ids must be unique within a group, got 3 twice", "got 3 twice"),
     "dtype": ("hidden must have one d and one dtype on all ranks", "one dtype"),
-    "config": ("config, weighting, step, backend and the presence of sample_ids", "config"),
+    "config": (
+        "config.span must be the same on all ranks, got 16 on rank 0 and another value on rank 1",
+        "config.span must be the same on all ranks, got 15 on rank 1 and another value on rank 0",
+    ),
+    "step": ("rank 1 of the process group could not", "step must be an int, got 'two'"),
 }
 
 
@@ -245,7 +251,7 @@ def every_failure(rank: int) -> tuple[list[str], Tensor]:
     for how in FAILURES:
         try:
             fail_at(rank, how)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             messages.append(str(error))
     places = [0, 1, 2] if rank else [3]
     return messages, distributed.span_weights(**batch(places), sample_ids=places).weights
@@ -289,7 +295,8 @@ def with_settings(rank: int) -> list[str]:
     given = batch([rank]) | {"sample_ids": [rank]}
     same, other = settings_of(rank, True), settings_of(rank, False)
     for config, weighting, backend in same + (other * 4 if rank < 2 else other):
-        given |= {"config": config, "weighting": weighting, "backend": backend, "step": 2}
+        step = (2, np.int64(2), torch.tensor(2))[rank]
+        given |= {"config": config, "weighting": weighting, "backend": backend, "step": step}
         try:
             distributed.span_weights(**given)
             messages.append("")
@@ -302,7 +309,9 @@ def test_settings_that_print_differently_are_equal() -> None:
     for messages in ranks.run(3, with_settings):
         assert messages[0] == ""
         assert len(messages) == 5
-        assert all("must be the same on all ranks" in message for message in messages[1:])
+        names = ("config.reg", "weighting.clip", "weighting.warmup_steps", "backend")
+        for name, message in zip(names, messages[1:], strict=True):
+            assert message.startswith(f"{name} must be the same on all ranks, got")
 
 
 def finalize_with(rank: int) -> list[str]:
@@ -477,6 +486,12 @@ def test_weighting_steps_and_lists() -> None:
         Weighting(warmup_steps=2).apply(weights, -5)
     with pytest.raises(TypeError, match="step must be an int, got None"):
         Weighting().apply(weights, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [1e-45, 1.0, 3e38])
+def test_mean_one_of_weights_whose_sum_leaves_float32(value: float) -> None:
+    weights = torch.full((5,), value)
+    torch.testing.assert_close(Weighting(mean_one=True).apply(weights, 0), torch.ones(5))
 
 
 def test_mixed_groups_refuses() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 
@@ -119,54 +118,3 @@ assert torch.equal(out[0], shear_ops.span_weights(**middle))
 
 def test_calls_of_other_threads_go_on() -> None:
     run(THREADS)
-
-
-# as the command shear-ops and python -m shear_ops begin, with a torch that is slow to import
-STARTING = """
-import os, signal, sys
-
-class Slow:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            os.kill(os.getpid(), signal.SIGINT)
-
-sys.meta_path.insert(0, Slow())
-if sys.argv[1] == "module":
-    sys.orig_argv = ["python", "-m", "shear_ops", "info"]
-    sys.argv = ["-m", "info"]
-else:
-    sys.argv = [sys.argv[1], "info"]
-from shear_ops.cli.main import main
-main()
-"""
-
-
-@pytest.mark.parametrize("command", ["module", "bin/shear-ops", "train.py"])
-def test_ctrl_c_while_torch_is_imported(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STARTING, command], capture_output=True, text=True, timeout=300
-    )
-    if command == "train.py":  # somebody else's process: Python's own way
-        assert done.returncode == -signal.SIGINT
-        assert "KeyboardInterrupt" in done.stderr
-    else:
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-BOTH = """
-import signal, sys
-sys.argv = ["shear-ops"]
-import shear_ops
-from shear_ops.cli import commands, main
-assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-def interrupted():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.raise_signal(signal.SIGINT)
-main._run = interrupted
-main.main()
-"""
-
-
-def test_ctrl_c_after_the_start() -> None:
-    done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -4,9 +4,6 @@
 token; ``torch.ops.shear.span_weights`` is the same as a torch operator.
 """
 
-from .cli import starting  # noqa: F401  (before torch)
-
-# isort: split
 from . import reference
 from ._C import build_info, cpu_isa
 from .config import SpanConfig

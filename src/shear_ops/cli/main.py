@@ -8,7 +8,6 @@ import os
 import sys
 from typing import NoReturn
 
-from . import starting
 from .output import escaped
 
 EXTRA = ("click", "rich", "safetensors", "matplotlib")  # [project.optional-dependencies] cli
@@ -20,7 +19,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without the marks prints ? for them
     try:
-        starting.started()
         _run()
     except ImportError as error:  # a base install has torch and numpy only
         package = (error.name or "").partition(".")[0]

@@ -49,7 +49,9 @@ class SpanDistances(NamedTuple):
         nearest: (K,) int64, index of that span among the K, -1 where there is none.
         residual: (K,) float32, L1 marginal error of that span pair.
         iterations: (K,) int32, Sinkhorn iterations of that span pair; n_iters means that it was
-            stopped there, and its distance may be off by more than 2e-3.
+            stopped there, and its distance may be off by more than 2e-3. A span whose own pair
+            converged may have missed a nearer one that was stopped: pairs.stopped is 0, or any
+            distance may be off.
         rollout, begin, end: (K,) int64, where the span is, in tokens of the packed layout.
         pairs: how many span pairs were skipped, abandoned and solved.
     """
