@@ -277,10 +277,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("not_finite", &shear::not_finite, py::arg("token"), py::arg("cu_seqlens"),
         py::arg("group_ids"));
   m.def(
-      "most_norm",
+      "norm_range",
       [](int64_t distance, int64_t reg_unit, double reg) {
-        return shear::most_norm(
+        const shear::NormRange range = shear::norm_range(
             shear::make_config({.reg = reg, .reg_unit = reg_unit, .distance = distance}));
+        return std::pair(range.least, range.most);
       },
       py::arg("distance"), py::arg("reg_unit"), py::arg("reg"));
   m.def("unfit_norm", &shear::unfit_norm, py::arg("norm"), py::arg("group"), py::arg("reg"));

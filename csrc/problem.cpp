@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -68,9 +69,8 @@ Config make_config(const Options& given) {
               " with span " + std::to_string(given.span));
   require(std::isfinite(given.reg) && given.reg > 0,
           "reg must be positive and finite, got " + std::to_string(given.reg));
-  // what times any norm, or any norm over it, is a float32
   const bool of_norm = given.reg_unit == static_cast<int64_t>(RegUnit::kMeanNorm);
-  const double least = of_norm ? kLeastReg : 1e-36, most = of_norm ? 1e14 : kMostCost;
+  const double least = of_norm ? kLeastReg : 1e-36, most = of_norm ? kMostReg : kMostCost;
   require(given.reg >= least && given.reg <= most,
           "reg must be in [" + short_number(least) + ", " + short_number(most) + "] in units of " +
               (of_norm ? "the mean norm" : "cost") + ", got " + short_number(given.reg));
@@ -184,17 +184,17 @@ std::string stopped_warning(int64_t stopped, int64_t solved, int64_t n_iters) {
          "(said once per process; span_weights(return_counts=True) counts them)";
 }
 
-double most_norm(const Config& config) {
-  const bool of_cost = config.reg_unit == RegUnit::kCost;
-  return config.distance == Distance::kSinkhorn && of_cost
-             ? config.reg / kLeastReg
-             : std::numeric_limits<double>::infinity();
+NormRange norm_range(const Config& config) {
+  NormRange range{kLeastNorm, std::numeric_limits<double>::max()};
+  if (config.distance == Distance::kSinkhorn && config.reg_unit == RegUnit::kCost)
+    range = {std::max(kLeastNorm, config.reg / kMostReg), config.reg / kLeastReg};
+  return range;
 }
 
 std::string unfit_norm(double norm, std::optional<int64_t> group, double reg) {
   if (norm >= kLeastNorm)
-    return "reg must be at least " + short_number(kLeastReg) +
-           " of the mean norm of every group, got " + short_number(reg) +
+    return "reg must be in [" + short_number(kLeastReg) + ", " + short_number(kMostReg) +
+           "] times the mean norm of every group, got " + short_number(reg) +
            " (reg_unit='cost') and a mean norm of " + short_number(norm) +
            (group ? " in group " + std::to_string(*group) : "");
   const std::string least = short_number(kLeastNorm);

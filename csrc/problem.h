@@ -117,11 +117,13 @@ std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
 
 // What a caller who sees weights only is told of pairs that n_iters stopped.
 std::string stopped_warning(int64_t stopped, int64_t solved, int64_t n_iters);
-// The least eps, in units of the mean norm.
-constexpr double kLeastReg = 1e-20;
-// The mean norm of a group, unless that is 0, is at least kLeastNorm and at most this: eps in units
-// of it is not less than kLeastReg.
-double most_norm(const Config& config);
+// eps in units of the mean norm: what times any norm, or any norm over it, is a float32.
+constexpr double kLeastReg = 1e-20, kMostReg = 1e14;
+// The mean norm of a group, unless it is 0.
+struct NormRange {
+  double least, most;
+};
+NormRange norm_range(const Config& config);
 // The error about another; without a group id that is x and y.
 std::string unfit_norm(double norm, std::optional<int64_t> group, double reg);
 // The id of a group, none for x and y of pair_distances.

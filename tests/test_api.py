@@ -214,6 +214,32 @@ def test_a_cost_that_is_refused_is_named() -> None:
             shear_ops.sinkhorn(**given, reg=0.1)
     with pytest.raises(ValueError, match=r"cost must be finite, .* in problem 0$"):
         shear_ops.sinkhorn(x=x * 1e34, y=y, reg=0.1)
+    with pytest.raises(ValueError, match=r"cost must be finite, .* on$"):
+        shear_ops.sinkhorn(cost[2], reg=0.1)
+
+
+@pytest.mark.parametrize("unused", [1e25, math.inf, math.nan])
+def test_points_that_are_not_in_use_change_nothing(unused: float) -> None:
+    x, y = torch.rand(2, 4, 3), torch.rand(2, 5, 3)
+    wanted = shear_ops.sinkhorn(x=x[:, :3], y=y[:, :4], reg=0.1)
+    x[:, 3], y[:, 4] = unused, unused
+    seen = shear_ops.sinkhorn(x=x, y=y, reg=0.1, n_rows=[3, 3], n_cols=[4, 4])
+    assert torch.equal(seen.value, wanted.value)
+    y[1, 1, 0] = math.nan
+    with pytest.raises(ValueError, match=r"^y must be finite, .* at y\[1, 1\]$"):
+        shear_ops.sinkhorn(x=x, y=y, reg=0.1, n_rows=[3, 3], n_cols=[4, 4])
+
+
+def test_the_reference_checks_its_numbers() -> None:
+    for given, message in (
+        ({"reg": 0.0}, "reg must be positive and finite, got 0.0"),
+        ({"reg": math.nan}, "reg must be positive and finite, got nan"),
+        ({"reg": 0.1, "n_iters": 0}, "n_iters must be at least 1, got 0"),
+        ({"reg": 0.1, "cost": torch.zeros(3)}, r"cost must be .*, got shape \(3,\)"),
+        ({"reg": 0.1, "cost": torch.zeros(2, 0, 3)}, r"cost must be .*, got shape \(2, 0, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shear_ops.reference.sinkhorn(**{"cost": torch.rand(2, 3, 4), **given})
 
 
 def test_the_reference_names_what_it_refuses() -> None:

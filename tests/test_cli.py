@@ -628,9 +628,11 @@ def test_score_says_where_spans_have_not_converged(shear: Shear, file: Path) -> 
     stopped = json.loads(
         shear("score", file, *OPTIONS, "--n-iters", "1", "--tol", "0", "--json").out
     )
-    rows = stopped["groups"]
-    assert sum(row["stopped"] for row in rows) == stopped["pairs"]["stopped"]
-    assert all(bool(row["stopped"]) == bool(row["correct"] and row["incorrect"]) for row in rows)
+    rollouts = load_rollouts(file)
+    spans = shear_ops.span_distances(**rollouts.arguments(), config=SpanConfig(**CONFIG))
+    for row in stopped["groups"]:
+        members = torch.tensor(rollouts.members_of(row["group"]))
+        assert row["stopped"] == int(torch.isin(spans.rollout[spans.nearest >= 0], members).sum())
     assert max(row["stopped"] for row in stopped["groups"]) > 0
     assert re.search(r"max +stopped +auc", shear("score", file, *OPTIONS).out)
 

@@ -34,6 +34,10 @@ one_span = SpanConfig(span=3000, stride=3000, reg=0.003, tol=0.0, n_iters=50_000
 calls["one pair of long spans"] = lambda: shear_ops.span_weights(**problem(3000), config=one_span)
 two = torch.rand(2, 3000, 3000)
 calls["two long problems"] = lambda: shear_ops.sinkhorn(two, reg=1e-3, tol=0.0, n_iters=50_000)
+def uneven():  # the calling thread is done long before another one
+    lengths = torch.tensor([3000, 30] if torch.get_num_threads() > 1 else [30, 3000])
+    return shear_ops.sinkhorn(two, reg=1e-3, tol=0.0, n_iters=50_000, n_rows=lengths, n_cols=lengths)
+calls["uneven problems"] = uneven
 wanted = shear_ops.span_weights(**small)
 
 def send(number, after):
@@ -66,7 +70,7 @@ def run(code: str, *arguments: str) -> str:
 
 CALLS = (
     "span_weights", "chamfer", "op", "gradients", "pair_distances", "sinkhorn",
-    "one pair of long spans", "two long problems",
+    "one pair of long spans", "two long problems", "uneven problems",
 )  # fmt: skip
 
 

@@ -63,10 +63,11 @@ void Pipeline::measure_norms() {
 
 // The first is named; with the check off, such a group has no norm.
 void Pipeline::refuse_unfit_groups() {
-  const double most = most_norm(config_);
+  const NormRange range = norm_range(config_);
   for (size_t g = 0; g < group_norm_.size(); ++g) {
     double& norm = group_norm_[g];
-    if (!(norm > 0 && (norm < kLeastNorm || norm > most) && std::isfinite(norm))) continue;
+    const bool fits = norm >= range.least && norm <= range.most;
+    if (fits || norm == 0 || !std::isfinite(norm)) continue;
     if (config_.check_finite)
       throw std::invalid_argument(
           unfit_norm(norm, id_of_group(problem_, static_cast<int64_t>(g)), config_.reg));

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -66,14 +67,22 @@ class Workers {
   // An interrupt leaves the tasks that have not begun, and is thrown when the others are done.
   template <typename Task>
   void run(int64_t count, const Task& task) const {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, done{0};
     caller_ = std::this_thread::get_id();
     torch::stable::parallel_for(0, std::min(threads_, count), 1, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker)
         for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
           task(i, scratch_.get() + worker * stride_);
+          ++done;
           if (!goes_on()) return;
         }
+      // only the caller hears of interrupts: it listens until the tasks of other threads are done
+      if (std::this_thread::get_id() != caller_) return;
+      for (int64_t asked = 0; done < count && goes_on(); ++asked)
+        if (asked < kYields)
+          std::this_thread::yield();
+        else
+          std::this_thread::sleep_for(std::chrono::microseconds(200));
     });
     if (interrupt_) std::rethrow_exception(interrupt_);
   }
@@ -96,6 +105,8 @@ class Workers {
   static bool asked(const void* workers) { return static_cast<const Workers*>(workers)->goes_on(); }
 
  private:
+  static constexpr int64_t kYields = 1000;
+
   int64_t threads_, stride_;
   Buffer scratch_;
   mutable std::thread::id caller_;

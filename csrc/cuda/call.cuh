@@ -29,7 +29,7 @@ struct Call {
   const int32_t* members;
   int64_t span_tokens, stride, strip;
   bool column_minima, chamfer, mean, rollout_norms, mean_pooling;
-  double most_norm;
+  NormRange norm_range;
 
   Counters* counters;
   DeviceSpan* span_table;

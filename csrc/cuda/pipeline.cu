@@ -52,7 +52,7 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
   c.column_minima = plan.column_minima;
   c.chamfer = config.distance == Distance::kChamfer;
   c.mean = config.aggregation == Aggregation::kMean;
-  c.most_norm = most_norm(config);
+  c.norm_range = norm_range(config);
   c.rollout_norms = config.normalization == Normalization::kRollout;
   c.mean_pooling = config.pooling == Pooling::kMean;
   c.counters = at<Counters>(workspace, w.counters);

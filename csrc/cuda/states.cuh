@@ -75,8 +75,9 @@ __global__ void __launch_bounds__(kThreads) mean_group_norms(const Call call) {
     tokens += size;
   }
   const double norm = sum / tokens;
-  const bool unfit =
-      norm > 0 && (norm < kLeastNorm || norm > call.most_norm) && norm < __builtin_huge_val();
+  const NormRange range = call.norm_range;
+  const bool fits = norm >= range.least && norm <= range.most;
+  const bool unfit = !fits && norm > 0 && norm < __builtin_huge_val();
   call.group_norm[g] = unfit ? static_cast<double>(__uint_as_float(0x7fc00000u)) : norm;
   if (unfit)
     atomicMin(&call.counters->unfit_group,

@@ -90,7 +90,7 @@ def sinkhorn(cost: Tensor, reg: float, n_iters: int = 100_000, tol: float = 1e-7
     """Entropic optimal transport between uniform measures, each problem stopping by itself.
 
     Args:
-        cost: (B, n, m) or (n, m) float64. reg: eps, in units of the cost.
+        cost: (B, n, m) or (n, m), computed in float64. reg: eps, in units of the cost.
         n_iters: most iterations. tol: largest L1 marginal error at which a problem stops.
 
     Returns:
@@ -99,6 +99,13 @@ def sinkhorn(cost: Tensor, reg: float, n_iters: int = 100_000, tol: float = 1e-7
         residual (B,): |a - P 1|_1 of the same plan; iterations (B,) int64. 0-d for a 2-d cost.
     """
     _check_has_data("cost", cost)
+    if cost.dim() not in (2, 3) or 0 in cost.shape[-2:]:
+        raise ValueError(f"cost must be (B, n, m) or (n, m), got shape {tuple(cost.shape)}")
+    if not 0 < reg < math.inf:
+        raise ValueError(f"reg must be positive and finite, got {reg}")
+    if n_iters < 1:
+        raise ValueError(f"n_iters must be at least 1, got {n_iters}")
+    cost = cost.double()
     if cost.dim() == 2:
         return Solution(*(t[0] for t in sinkhorn(cost[None], reg, n_iters, tol)))
     if not bool(cost.isfinite().all()):

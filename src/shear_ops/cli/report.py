@@ -63,8 +63,8 @@ def _groups(scores: Scores, summary: dict[str, Any], rollout: int) -> list[str]:
     prompts = {rollouts.prompts[i] for i in members} if rollouts.prompts else set()
     common = prompts.pop() if len(prompts) == 1 else ""
     return [
-        "<h2>Groups</h2><p class='muted'>mean, p95 and max of the token weights; stopped: span "
-        "pairs that n_iters stopped before they converged; auc: how well weights separate "
+        "<h2>Groups</h2><p class='muted'>mean, p95 and max of the token weights; stopped: spans "
+        "whose nearest pair n_iters stopped before it converged; auc: how well weights separate "
         "tokens from the first wrong step on from tokens before it.</p>",
         _table(summary["groups"]),
         f"<h2>Group {own}</h2>",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,13 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Scores:
-    """Rollouts with their weights (N,), span distances, and seconds that span_weights took.
-
-    Attributes:
-        stopped: pairs that n_iters stopped, by group; groups without one may be missing.
-    """
+    """Rollouts with their weights (N,), span distances, and seconds that span_weights took."""
 
     rollouts: Rollouts
     config: SpanConfig
     weights: Tensor
     found: SpanDistances
     seconds: float
-    stopped: Mapping[int, int] = field(default_factory=dict)
 
     def weights_of(self, rollout: int) -> Tensor:
         """Return the token weights (T,) of a rollout."""
@@ -48,14 +43,7 @@ def score_rollouts(rollouts: Rollouts, config: SpanConfig, backend: str | None) 
     weights = span_weights(**rollouts.arguments(), config=config, backend=backend)
     seconds = time.perf_counter() - start
     found = span_distances(**rollouts.arguments(), config=config, backend=backend)
-    stopped = {}
-    # A span whose own pair converged may have missed one that did not: iterations do not tell.
-    if found.pairs.stopped:
-        for group_id in rollouts.groups:
-            given = rollouts.group(group_id).arguments()
-            counts = span_weights(**given, config=config, backend=backend, return_counts=True)[1]
-            stopped[group_id] = counts.stopped
-    return Scores(rollouts, config, weights, found, seconds, stopped)
+    return Scores(rollouts, config, weights, found, seconds)
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
@@ -126,9 +114,12 @@ def _p95(weights: Array) -> float:
 
 
 def group_rows(scores: Scores) -> list[dict[str, Any]]:
-    """One row per group, in order of appearance; stopped counts span pairs."""
+    """One row per group, in order of appearance; stopped counts spans."""
     rows, values, first_wrong = [], scores.weights.numpy(), scores.rollouts.first_wrongs()
     rollouts, all_labels = scores.rollouts, scores.rollouts.labels.tolist()
+    # of spans, not of pairs: how many pairs are solved at all depends on what comes first
+    not_converged = scores.found.iterations >= scores.config.n_iters
+    stopped = scores.found.rollout[not_converged].bincount(minlength=len(rollouts)).tolist()
     for group_id, members in rollouts.groups.items():
         labels = [all_labels[i] for i in members]
         incorrect = [i for i in members if all_labels[i] == 0]
@@ -143,7 +134,7 @@ def group_rows(scores: Scores) -> list[dict[str, Any]]:
             "mean": float(own.mean()) if len(own) else None,
             "p95": _p95(own) if len(own) else None,
             "max": float(own.max()) if len(own) else None,
-            "stopped": scores.stopped.get(group_id, 0),
+            "stopped": sum(stopped[i] for i in members),
             "auc": _pooled(*_split(rollouts, values, first_wrong, incorrect)),
         })  # fmt: skip
     return rows

@@ -410,7 +410,9 @@ def sinkhorn(
     if given not in (["cost"], ["x", "y"]):
         raise ValueError("give either cost, or both x and y")
     if cost is None:
-        cost = _euclidean(check_states("x", x, (3,)), check_states("y", y, (3,)))
+        x = _only_used(check_states("x", x, (3,)), "n_rows", n_rows)
+        y = _only_used(check_states("y", y, (3,)), "n_cols", n_cols)
+        cost = _euclidean(x, y)
     check_states("cost", cost, (2, 3))
     if backend == "reference":
         raise ValueError("backend must not be 'reference' here: call shear_ops.reference.sinkhorn")
@@ -456,7 +458,8 @@ def _naming_the_problem(
                 used &= inside[:, :, None] if dim == 1 else inside[:, None]
         bad = used & ~(cost.abs() < _C.most_cost(reg))
         problem = int(bad.nonzero()[0, 0])
-        raise ValueError(f"{error} in problem {problem}") from None
+        where = f" in problem {problem}" if len(cost) > 1 else ""
+        raise ValueError(f"{error}{where}") from None
 
 
 def _in_use(name: str, given: Integers | None, problems: int, size: int) -> Tensor | None:
@@ -468,6 +471,16 @@ def _in_use(name: str, given: Integers | None, problems: int, size: int) -> Tens
     if not torch.compiler.is_compiling() and bool(((lengths < 1) | (lengths > size)).any()):
         raise ValueError(f"{name} must be in [1, {size}], got {lengths.tolist()}")
     return lengths
+
+
+def _only_used(points: Tensor, name: str, given: Integers | None) -> Tensor:
+    """Points (B, k, d) with zeros for those not in use: they have no part in a problem's unit."""
+    lengths = _in_use(name, given, points.shape[0], points.shape[1])
+    if lengths is None:
+        return points
+    place = torch.arange(points.shape[1], device=points.device)
+    unused = place >= lengths.to(points.device)[:, None]
+    return points.masked_fill(unused[:, :, None], 0.0)
 
 
 def _euclidean(x: Tensor, y: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..config import SpanConfig
 from ..ops.api import PairCounts
 from ..ops.batch import Batch, Integers, Row, as_integers
 from . import distributed
+from .link import Link
 from .weighting import Weighting
 
 STORAGES = ("device", "cpu")
@@ -39,7 +40,7 @@ class HiddenBank:
 
     Args:
         storage: ``"device"``: states stay where they are; ``"cpu"``: in host memory, pinned for
-            states on a GPU, and back on their device in finalize.
+            states on a GPU, and back on their device in finalize, group by group.
         mixed_groups: ids of the groups with both labels (see distributed.mixed_groups), where
             rewards are known before the forwards: other groups are not stored. Ignored rollouts
             never are. The same on all ranks, or finalize raises.
@@ -136,6 +137,9 @@ class HiddenBank:
     ) -> BankedWeights:
         """Compute the weights of everything added, and empty the bank. Collective.
 
+        Group by group, and the states of a group go when it is computed: beside what is stored,
+        memory is needed for one group at a time (see distributed.regroup).
+
         Args:
             process_group, config, weighting, step, backend: as in distributed.span_weights. Every
                 rank calls it equally often, also with an empty bank.
@@ -148,35 +152,20 @@ class HiddenBank:
         nothing = torch.empty(0, 1, dtype=torch.float32, device="cpu")
         like = nothing if self._like is None else self._like
         self._rows, self._states, self._like = {}, {}, None
+        link = Link(process_group, like.device)
+        settings = distributed.Settings(config, weighting, step, backend)
+        link.agree(lambda: settings.check(like.device))
         distributed.check_same_mixed_groups(self._mixed_groups, process_group, like.device)
-        stored = set(states)
+        samples, stored = list(rows), set(states)
         # what was not stored has weight 1 whatever its states: a rollout without tokens
-        lengths = [row.tokens if sample in stored else 0 for sample, row in rows.items()]
-        parts = [like, *(states.pop(s).to(like.device) for s in rows if s in stored)]
-        hidden = torch.cat(parts)
-        parts.clear()  # else every state is there twice from here on
-        found = distributed.span_weights(
-            hidden,
-            cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
-            group_ids=[row.group for row in rows.values()],
-            labels=[row.label for row in rows.values()],
-            sample_ids=list(rows),
-            config=config,
-            weighting=weighting,
-            step=step,
-            backend=backend,
-            process_group=process_group,
+        taking = [row if s in stored else row._replace(tokens=0) for s, row in rows.items()]
+        found = distributed.regroup(
+            link, taking, samples, lambda i: states.pop(samples[i]).to(like.device), like, settings
         )
-        found_of = torch.split(found.weights, lengths)
         weights = {
-            sample: part if sample in stored else part.new_ones(rows[sample].tokens)
-            for sample, part in zip(rows, found_of, strict=True)
+            sample: found.weights[place]
+            if place in found.weights
+            else torch.ones(row.tokens, dtype=torch.float32, device=like.device)
+            for place, (sample, row) in enumerate(rows.items())
         }
-        return BankedWeights(
-            weights=weights,
-            states_sent=found.states_sent,
-            weights_sent=found.weights_sent,
-            groups=found.groups,
-            mixed_groups=found.mixed_groups,
-            pairs=found.pairs,
-        )
+        return BankedWeights(weights, *found[1:])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -102,93 +102,179 @@ def span_weights(
     """
     link = Link(process_group, hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
 
-    def check() -> tuple[Batch, list[int] | None, dict[str, Any]]:
-        check_config(config)
+    settings = Settings(config, weighting, step, backend)
+
+    def check() -> tuple[Batch, list[int] | None]:
+        settings.check(hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
         batch = Batch.of(
             without_float64_if_empty(hidden),
             cu_seqlens=cu_seqlens,
             mask=mask,
             group_ids=group_ids,
             labels=labels,
-        )
-        backends.choose(backend, hidden.device, config.distance)
-        batch.check_values()
-        if not isinstance(weighting, Weighting):
-            raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
-        settings = {
-            **{f"config.{name}": value for name, value in asdict(config).items()},
-            **{f"weighting.{name}": value for name, value in asdict(weighting).items()},
-            "step": check_step(step),
-            "backend": backend,
-            "the presence of sample_ids": sample_ids is not None,
-        }
+        ).check_values()
         if sample_ids is None:
-            return batch, None, settings
+            return batch, None
         ids = as_integers("sample_ids", sample_ids, batch.labels.shape[0])
-        return batch, ids.long().tolist(), settings
+        return batch, ids.long().tolist()
 
-    batch, ids, settings = link.agree(check)
-    rows, states, offsets = batch.rows(), batch.hidden.detach(), batch.cu_seqlens.tolist()
-    dim, dtype, before = _forms(link, states, len(rows), settings)
-    groups = _groups(link, rows, range(before, before + len(rows)) if ids is None else ids)
+    batch, ids = link.agree(check)
+    states, offsets = batch.hidden.detach(), batch.cu_seqlens.tolist()
+    found = regroup(
+        link, batch.rows(), ids, lambda i: states[offsets[i] : offsets[i + 1]], states, settings
+    )
+    weights = torch.ones(offsets[-1], dtype=torch.float32, device=states.device)
+    for place, own in found.weights.items():
+        weights[offsets[place] : offsets[place + 1]] = own
+    return GroupWeights(batch.restore(weights), *found[1:])
+
+
+class Settings(NamedTuple):
+    """What a call has besides rollouts, the same on all ranks."""
+
+    config: SpanConfig
+    weighting: Weighting
+    step: int
+    backend: str | None
+
+    def check(self, device: torch.device) -> None:
+        """Raise TypeError or ValueError unless span_weights takes them for states on a device."""
+        check_config(self.config)
+        backends.choose(self.backend, device, self.config.distance)
+        if not isinstance(self.weighting, Weighting):
+            raise TypeError(f"weighting must be a Weighting, got {type(self.weighting).__name__}")
+        check_step(self.step)
+
+    def fields(self) -> dict[str, Any]:
+        """Every field by the name that an error has for it."""
+        return {
+            **{f"config.{name}": value for name, value in asdict(self.config).items()},
+            **{f"weighting.{name}": value for name, value in asdict(self.weighting).items()},
+            "step": check_step(self.step),
+            "backend": self.backend,
+        }
+
+
+class Regrouped(NamedTuple):
+    """Weights of a rank's rollouts by place, where their group has both labels; else they are 1.
+
+    The rest as in GroupWeights.
+    """
+
+    weights: dict[int, Tensor]
+    states_sent: int
+    weights_sent: int
+    groups: int
+    mixed_groups: int
+    pairs: api.PairCounts
+
+
+def regroup(
+    link: Link,
+    rows: Sequence[Row],
+    sample_ids: Sequence[int] | None,
+    take: Callable[[int], Tensor],
+    like: Tensor,
+    settings: Settings,
+) -> Regrouped:
+    """Bring every group with both labels to one rank, there compute it, and bring weights back.
+
+    One group per rank at a time: beside what the caller stores, a rank holds the states of one
+    group (while they are put together those that came from other ranks twice), or the workspace of
+    its computation if that is more.
+
+    Args:
+        link: the ranks. rows: this rank's rollouts, checked. sample_ids: as in span_weights.
+        take: the states of the rollout at a place in rows, on like's device. It is called once for
+            rollouts of groups with both labels, when their group's turn comes, and never for
+            others: what it returns need not be kept.
+        like: of the dtype, device and last dimension of all states. settings: checked.
+
+    Raises:
+        ValueError: arguments that differ between ranks, duplicate sample_ids, states that are
+            refused.
+        RuntimeError: on the other ranks if one rank raised.
+    """
+    dim, dtype, before = _forms(link, like, len(rows), settings, sample_ids is not None)
+    ids = range(before, before + len(rows)) if sample_ids is None else sample_ids
+    groups = _groups(link, rows, ids)
     mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
     owners = _owners(mixed, link.size)
-
-    def states_of(rollout: _Rollout) -> Tensor:
-        return states[offsets[rollout.place] : offsets[rollout.place + 1]]
-
-    to_owner = [
-        Move(key=r, rows=r.tokens, source=r.rank, target=owners[group])
+    moves = {
+        group: [
+            Move(r, r.tokens, r.rank, owners[group]) for r in members if r.rank != owners[group]
+        ]
         for group, members in mixed.items()
-        for r in members
-        if r.rank != owners[group]
-    ]
-    arrived, states_sent = link.exchange(to_owner, states_of, columns=dim, dtype=dtype)
-
+    }
+    computed: dict[_Rollout, Tensor] = {}
     counted: list[api.PairCounts] = []  # of the groups that this rank computes
+    states_sent = 0
+    for turn in _turns(owners):
+        to_owner = [move for group in turn for move in moves[group]]
+        arrived, sent = link.exchange(to_owner, lambda r: take(r.place), columns=dim, dtype=dtype)
+        states_sent += sent
 
-    def compute() -> dict[_Rollout, Tensor]:
-        found: dict[_Rollout, Tensor] = {}
-        for group in (g for g in mixed if owners[g] == link.rank):
-            members = mixed[group]
-            lengths = [r.tokens for r in members]
-            whole = torch.cat([arrived[r] if r in arrived else states_of(r) for r in members])
-            try:
-                weights, pairs = api.span_weights(
-                    whole,
-                    cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
-                    group_ids=[group] * len(members),
-                    labels=[r.label for r in members],
-                    config=config,
-                    backend=backend,
-                    return_counts=True,
-                )
-            except ValueError as error:
-                raise _in_callers_words(error, whole, members) from None
-            counted.append(pairs)
-            parts = torch.split(weighting.apply(weights, step), lengths)
-            found.update(zip(members, parts, strict=True))
-        return found
+        def compute(turn: list[int] = turn, arrived: dict[_Rollout, Tensor] = arrived) -> None:
+            for group in (g for g in turn if owners[g] == link.rank):
+                members = mixed[group]
+                lengths = [r.tokens for r in members]
+                whole = torch.empty(sum(lengths), dim, dtype=dtype, device=like.device)
+                for part, r in zip(torch.split(whole, lengths), members, strict=True):
+                    part.copy_(arrived[r] if r in arrived else take(r.place))
+                arrived.clear()
+                weights, pairs = _of_group(whole, group, members, settings)
+                counted.append(pairs)
+                computed.update(zip(members, weights, strict=True))
 
-    computed = link.agree(compute)
+        link.agree(compute)
     returned, weights_sent = link.exchange(
-        [move.back() for move in to_owner],
+        [move.back() for group in mixed for move in moves[group]],
         lambda rollout: computed[rollout][:, None],
         columns=1,
         dtype=torch.float32,
     )
-    weights = torch.ones(offsets[-1], dtype=torch.float32, device=states.device)
-    for rollout in (r for members in mixed.values() for r in members if r.rank == link.rank):
-        value = computed[rollout] if rollout in computed else returned[rollout][:, 0]
-        weights[offsets[rollout.place] : offsets[rollout.place + 1]] = value
-    return GroupWeights(
-        weights=batch.restore(weights),
+    own = [r for members in mixed.values() for r in members if r.rank == link.rank]
+    return Regrouped(
+        weights={r.place: computed[r] if r in computed else returned[r][:, 0] for r in own},
         states_sent=states_sent,
         weights_sent=weights_sent,
         groups=len(groups),
         mixed_groups=len(mixed),
         pairs=_sum_of_counts(link, counted),
     )
+
+
+def _of_group(
+    states: Tensor, group: int, members: list[_Rollout], settings: Settings
+) -> tuple[tuple[Tensor, ...], api.PairCounts]:
+    """Weights of the rollouts of one group as they are used, and counts of its span pairs."""
+    lengths = [r.tokens for r in members]
+    try:
+        weights, pairs = api.span_weights(
+            states,
+            cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
+            group_ids=[group] * len(members),
+            labels=[r.label for r in members],
+            config=settings.config,
+            backend=settings.backend,
+            return_counts=True,
+        )
+    except ValueError as error:
+        raise _in_callers_words(error, states, members) from None
+    return torch.split(settings.weighting.apply(weights, settings.step), lengths), pairs
+
+
+def _turns(owners: Mapping[int, int]) -> list[list[int]]:
+    """Groups of which no two have one owner, one list after the other."""
+    turns: list[list[int]] = []
+    seen: dict[int, int] = {}  # groups of an owner so far
+    for group, owner in owners.items():
+        turn = seen.get(owner, 0)
+        seen[owner] = turn + 1
+        if turn == len(turns):
+            turns.append([])
+        turns[turn].append(group)
+    return turns
 
 
 def mixed_groups(
@@ -257,17 +343,14 @@ def _plain(value: Any) -> Any:
 
 
 def _forms(
-    link: Link, states: Tensor, rollouts: int, settings: Mapping[str, Any]
+    link: Link, like: Tensor, rollouts: int, settings: Settings, with_ids: bool
 ) -> tuple[int, torch.dtype, int]:
     """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
-    own = _Form(
-        rollouts=rollouts,
-        dim=states.shape[1],
-        dtype=STATE_DTYPES.index(states.dtype),
-    )
-    hashes = [_hash(value) for value in settings.values()]
+    own = _Form(rollouts=rollouts, dim=like.shape[1], dtype=STATE_DTYPES.index(like.dtype))
+    fields = settings.fields() | {"the presence of sample_ids": with_ids}
+    hashes = [_hash(value) for value in fields.values()]
     told = [row for (row,) in link.gather([[*own, *hashes]], len(own) + len(hashes))]
-    for place, (name, value) in enumerate(settings.items(), len(own)):
+    for place, (name, value) in enumerate(fields.items(), len(own)):
         if others := [r for r, row in enumerate(told) if row[place] != told[link.rank][place]]:
             raise ValueError(
                 f"{name} must be the same on all ranks, got {value!r} on rank {link.rank} and "
@@ -289,7 +372,9 @@ def _sum_of_counts(link: Link, counted: list[api.PairCounts]) -> api.PairCounts:
     return api.PairCounts(*(map(sum, zip(*rows, strict=True)) if rows else (0, 0, 0, 0, 0)))
 
 
-def _groups(link: Link, rows: list[Row], sample_ids: Sequence[int]) -> dict[int, list[_Rollout]]:
+def _groups(
+    link: Link, rows: Sequence[Row], sample_ids: Sequence[int]
+) -> dict[int, list[_Rollout]]:
     """Rollouts of all ranks by group, groups and rollouts in the order of their ids."""
     own = [(*row, sample) for row, sample in zip(rows, sample_ids, strict=True)]
     rollouts = sorted(

@@ -42,7 +42,7 @@ def log_weights(
     padded = accelerator.pad_across_processes(weights, pad_index=-1)
     everywhere = accelerator.gather(padded)
     everywhere = everywhere[everywhere != -1]  # weights are at least 0, or NaN, which must show
-    metrics["shear/mixed_groups"].append(found.mixed_groups / found.groups)
+    metrics["shear/mixed_groups"].append(found.mixed_groups / max(found.groups, 1))
     metrics["shear/stopped"].append(found.pairs.stopped_share)
     if everywhere.numel():
         for name, value in of_weights(everywhere).items():

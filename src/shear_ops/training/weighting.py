@@ -79,7 +79,7 @@ def check_step(step: object) -> int:
         if isinstance(step, bool):
             raise TypeError
         number = operator.index(step)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without data
         raise TypeError(f"step must be an int, got {step!r}") from None
     if number < 0:
         raise ValueError(f"step must be at least 0, got {number}")

@@ -66,8 +66,8 @@ def run(
 ) -> Found:
     """Find the nearest spans; offer: called with the values of the pairs of every chunk."""
     mean = options.chose("aggregation", "mean")
-    most_norm = _C.most_norm(options.distance, options.reg_unit, options.reg)
-    states = measure(hidden, tables, center=options.distance != COSINE, most_norm=most_norm)
+    norm_range = _C.norm_range(options.distance, options.reg_unit, options.reg)
+    states = measure(hidden, tables, center=options.distance != COSINE, norm_range=norm_range)
     known = span_means(states, tables) if options.distance == COSINE else states
     found = nearest.nothing_found(tables)
     best = found.distance.clone().view(torch.int32)  # bits of +inf

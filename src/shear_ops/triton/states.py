@@ -18,7 +18,6 @@ TOKENS_AT_ONCE = 16
 DIMS = 64
 NO_GROUP = 2**63 - 1
 MOST = tl.constexpr(_C.MOST_NORM**2)
-LEAST_NORM = tl.constexpr(_C.LEAST_NORM)
 FAINT = tl.constexpr(_C.FAINT_NORM**2)  # the smallest normal number
 
 
@@ -97,7 +96,7 @@ def rollout_norm_kernel(sq_norm, rollouts, rollout_norm, T: tl.constexpr):
 
 @triton.jit
 def group_norm_kernel(
-    rollout_norm, rollouts, first_member, members, group_norm, unfit_group, most_norm
+    rollout_norm, rollouts, first_member, members, group_norm, unfit_group, least_norm, most_norm
 ):
     """Mean norm of every group over all of its tokens, NaN where that is too small or too large."""
     g = tl.program_id(0)
@@ -113,7 +112,7 @@ def group_norm_kernel(
         tokens += length
         at += 1
     norm = total / tokens
-    if (norm > 0) & ((norm < LEAST_NORM) | (norm > most_norm)) & (norm < float("inf")):
+    if (norm > 0) & ((norm < least_norm) | (norm > most_norm)) & (norm < float("inf")):
         bits = norm.to(tl.int32, bitcast=True).to(tl.int64)
         tl.atomic_min(unfit_group, (g.to(tl.int64) << 32) | bits)
         norm = float("nan")
@@ -204,10 +203,12 @@ def centered_sq_norm_kernel(
     tl.store(sq_norm + token, tl.sum(squares, 1), mask=there)
 
 
-def measure(hidden: Tensor, tables: Tables, *, center: bool, most_norm: float) -> States:
+def measure(
+    hidden: Tensor, tables: Tables, *, center: bool, norm_range: tuple[float, float]
+) -> States:
     """Norms of the states, and if they are to be multiplied, the groups' mean states.
 
-    Groups of a mean norm above most_norm are refused.
+    Groups whose mean norm is not in norm_range are refused.
     """
     tokens, dim = hidden.shape
     groups, rollouts = tables.groups, len(tables.rollouts)
@@ -233,7 +234,7 @@ def measure(hidden: Tensor, tables: Tables, *, center: bool, most_norm: float) -
     if not groups:
         return states
     members = tables.rollouts, tables.first_member, tables.members
-    group_norm_kernel[groups,](rollout_norm, *members, group_norm, unfit_group, most_norm)
+    group_norm_kernel[groups,](rollout_norm, *members, group_norm, unfit_group, *norm_range)
     if not center:
         return states
     slices = triton.cdiv(dim, DIMS)

@@ -1,0 +1,111 @@
+"""Memory of a training step, as the system measures it: beside what is stored, one group at a time."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ranks
+from shear_ops import HiddenBank, SpanConfig, distributed, plan
+from shear_ops.ops import api
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+GROUPS, SIZE, TOKENS, DIM = 64, 8, 60, 1024
+GROUP_BYTES = SIZE * TOKENS * DIM * 4
+SLACK = 12 * 2**20  # allocator, threads, buffers of torch.distributed
+CONFIG = SpanConfig(distance="chamfer")
+
+
+class Seen(NamedTuple):
+    stored: int  # bytes of this process's states
+    grown: int  # resident bytes at the peak of the call over those before it
+
+
+def resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+
+
+def growth(call: Callable[[], object]) -> int:
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def workspace() -> int:
+    return plan(
+        [i * TOKENS for i in range(SIZE + 1)], group_ids=[0] * SIZE, labels=[0, 1] * (SIZE // 2),
+        dim=DIM, config=CONFIG,
+    ).workspace_bytes  # fmt: skip
+
+
+def states(rollouts: int) -> torch.Tensor:
+    return torch.rand(rollouts * TOKENS, DIM)
+
+
+def step(rank: int, how: str, groups: int) -> Seen:
+    """Rollouts of every group lie on all ranks in turn; one warm-up group first."""
+    size = dist.get_world_size()
+    for count in (size, groups):
+        mine = [i for i in range(count * SIZE) if (i // 2) % size == rank]
+        given = {
+            "group_ids": [i // SIZE for i in mine], "labels": [i % 2 for i in mine],
+            "sample_ids": mine,
+        }  # fmt: skip
+        if how == "bank":
+            bank = HiddenBank()
+            for place, i in enumerate(mine):
+                offsets = torch.tensor([0, TOKENS])
+                one = {name: [values[place]] for name, values in given.items()}
+                bank.add(states(1), cu_seqlens=offsets, **one)
+                assert one["sample_ids"] == [i]
+            stored = bank.nbytes
+            grown = growth(partial(bank.finalize, config=CONFIG))
+        else:
+            hidden, offsets = states(len(mine)), torch.arange(len(mine) + 1) * TOKENS
+            stored = hidden.numel() * 4
+            grown = growth(
+                partial(
+                    distributed.span_weights, hidden, cu_seqlens=offsets, config=CONFIG, **given
+                )
+            )
+    return Seen(stored, grown)
+
+
+@pytest.mark.parametrize("how", ["bank", "all at once"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_needs_one_group_beside_the_states(size: int, how: str) -> None:
+    for seen in ranks.run(size, step, how, GROUPS):
+        assert seen.stored == GROUPS * GROUP_BYTES // size
+        assert seen.stored > 5 * (3 * GROUP_BYTES + SLACK) / size  # else this would show nothing
+        # with ranks, what comes from and goes to others is there for a moment, too
+        assert seen.grown <= size * GROUP_BYTES + workspace() + SLACK
+
+
+def test_the_states_of_a_group_go_when_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, groups = HiddenBank(), 3
+    for i in range(groups * SIZE):
+        one = {"sample_ids": [i], "group_ids": [i // SIZE], "labels": [i % 2]}
+        bank.add(states(1), cu_seqlens=torch.tensor([0, TOKENS]), **one)
+    stored = [weakref.ref(held) for held in bank._states.values()]
+    alive = []
+
+    def span_weights(*args: Any, **options: Any) -> Any:
+        alive.append(sum(held() is not None for held in stored))
+        return api.span_weights(*args, **options)
+
+    watched = SimpleNamespace(span_weights=span_weights, PairCounts=api.PairCounts)
+    monkeypatch.setattr(distributed, "api", watched)
+    bank.finalize(config=CONFIG)
+    assert alive == [2 * SIZE, SIZE, 0]
