@@ -150,7 +150,7 @@ def test_advantages_times_weights_of_each_rollout(settings: dict[str, Any]) -> N
     train(trainer)
     assert len(weighted) == 2
     assert bool((torch.cat(weighted) != 1).any())
-    for name in ("weight_mean", "weight_p95", "weight_max", "mixed_groups"):
+    for name in ("weight_mean", "weight_p95", "weight_max", "mixed_groups", "stopped"):
         assert len(logged(trainer, f"shear/{name}")) == 2
     highest = [weights.max().item() for weights in weighted]
     assert logged(trainer, "shear/weight_max") == pytest.approx(highest, rel=2e-3)

@@ -268,6 +268,7 @@ def test_advantages(
     assert sorted(i for experience in experiences for i in experience.index) == list(range(SIZE))
     for experience in experiences:
         assert "shear_weights" not in experience.info
+        assert experience.info["shear/stopped"].tolist() == [0] * len(experience.index)
         assert experience.info["shear/mixed_groups"].tolist() == pytest.approx(
             [2 / 3] * len(experience.index)
         )

@@ -384,6 +384,7 @@ def test_weights_in_every_layout(name: str, steps: list[dict[str, Any]], one_pro
 def test_alignment(align: str, one_process: None) -> None:
     rank = Rank(Layout(), shear={"align": align, "spans": SPANS})
     data, expected = rank.step(), wanted(Layout(), align)
+    assert data["shear_stopped"] == [0] * len(data["partition"])
     for sample, found in zip(data["partition"], data["shear_weights"], strict=True):
         torch.testing.assert_close(found, expected[sample], rtol=2e-3, atol=1e-6)
 

@@ -72,7 +72,7 @@ def test_score_mode_equals_loss_mode(loss_type: str, monkeypatch: pytest.MonkeyP
     by_loss = build(ShearGRPOTrainer, "loss", loss_type=loss_type)
     assert torch.equal(train(by_loss), wanted)
     assert max(logged(by_loss, "shear/weight_max")) > 1  # not vacuous
-    for name in ("weight_mean", "weight_p95", "weight_max", "mixed_groups"):
+    for name in ("weight_mean", "weight_p95", "weight_max", "mixed_groups", "stopped"):
         one, other = (logged(trainer, f"shear/{name}") for trainer in (by_score, by_loss))
         assert one == pytest.approx(other, rel=1e-6)  # the order of the mean differs
 

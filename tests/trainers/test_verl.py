@@ -144,6 +144,7 @@ def test_weights_in_every_layout(
     for row, expected in zip(found, wanted(engine, batch, align), strict=True):
         torch.testing.assert_close(row, expected, rtol=2e-3, atol=1e-6)
     assert bool((output["shear_weights"].values() != 1).any())
+    assert output["shear_stopped"].values().tolist() == [0] * SIZE
     padded = torch.nested.to_padded_tensor(output["shear_weights"], 1.0)
     assert padded.shape == (SIZE, max(len(row) for row in found))
 
@@ -181,7 +182,10 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     put: dict[str, Any] = {}
 
     def get(keys: Any, partition_id: str, select_fields: list[str]) -> Any:
-        fields = {"advantages": jagged(rows), "shear_weights": jagged(weights)}
+        fields = {
+            "advantages": jagged(rows), "shear_weights": jagged(weights),
+            "shear_stopped": jagged([torch.tensor([0.25])] * 2),
+        }  # fmt: skip
         return TensorDict({name: fields[name] for name in select_fields}, batch_size=[2])
 
     queue = SimpleNamespace(
@@ -198,6 +202,7 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     for row, factors, product in zip(rows, weights, put["advantages"].unbind(), strict=True):
         assert torch.equal(product, row * factors)
     assert metrics["shear/weight_max"] == torch.cat(weights).max().item()
+    assert metrics["shear/stopped"] == 0.25
     put.clear()
     off = cls(OmegaConf.create({"algorithm": {"adv_estimator": "gae"}}))
     off._compute_old_log_prob(batch, metrics)
