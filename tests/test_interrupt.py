@@ -11,6 +11,8 @@ LONG = """
 import os, signal, sys, threading, time, torch, shear_ops
 from shear_ops import SpanConfig
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+
 def problem(tokens, seed=0):
     hidden = torch.randn(2 * tokens, 16, generator=torch.Generator().manual_seed(seed))
     return dict(hidden=hidden, cu_seqlens=torch.tensor([0, tokens, 2 * tokens]),
