@@ -19,6 +19,7 @@ import ranks
 from problems import Text
 from shear_ops import SpanConfig, Weighting, distributed, span_distances, span_weights
 from shear_ops.ops.api import PairCounts
+from shear_ops.training import bank
 from shear_ops.training import round as round_module
 from shear_ops.training.round import Rollouts, Round, lay_back, weigh
 from shear_ops.training.settings import Settings
@@ -182,7 +183,8 @@ def test_process_group_reaches_every_collective(
             seen.append(process_group)
             super().__init__(process_group, device)
 
-    monkeypatch.setattr(distributed, "Link", Link)
+    for module in (distributed, bank):
+        monkeypatch.setattr(module, "Link", Link)
     rollouts = Rollouts.scored(
         torch.tensor([1.0, 0.0]), 0.5, sample_ids=[0, 1], group_ids=[7, 7], process_group=one_rank
     )
