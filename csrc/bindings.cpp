@@ -135,7 +135,6 @@ py::dict choices() {
   return out;
 }
 
-// The constants of csrc/solve.h, for Triton and the tests.
 // What shear::travel asks of an engine.
 struct Pair {
   int n, m;
@@ -151,6 +150,7 @@ float travel(int n, int m, float tol, float entropy, float eps, float range) {
   return shear::travel(Pair{n, m, entropy, eps, range}, tol);
 }
 
+// The constants of csrc/solve.h, for Triton and the tests.
 py::dict solver() {
   py::dict out;
   out["far"] = shear::kFar;

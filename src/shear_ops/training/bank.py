@@ -153,14 +153,14 @@ class HiddenBank:
         like = nothing if self._like is None else self._like
         self._rows, self._states, self._like = {}, {}, None
         link = Link(process_group, like.device)
-        settings = distributed.Settings(config, weighting, step, backend)
-        link.agree(lambda: settings.check(like.device))
+        options = distributed.Options(config, weighting, step, backend)
+        link.agree(lambda: options.check(like.device))
         distributed.check_same_mixed_groups(self._mixed_groups, process_group, like.device)
         samples, stored = list(rows), set(states)
         # what was not stored has weight 1 whatever its states: a rollout without tokens
         taking = [row if s in stored else row._replace(tokens=0) for s, row in rows.items()]
         found = distributed.regroup(
-            link, taking, samples, lambda i: states.pop(samples[i]).to(like.device), like, settings
+            link, taking, samples, lambda i: states.pop(samples[i]).to(like.device), like, options
         )
         weights = {
             sample: found.weights[place]

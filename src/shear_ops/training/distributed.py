@@ -102,10 +102,10 @@ def span_weights(
     """
     link = Link(process_group, hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
 
-    settings = Settings(config, weighting, step, backend)
+    options = Options(config, weighting, step, backend)
 
     def check() -> tuple[Batch, list[int] | None]:
-        settings.check(hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
+        options.check(hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
         batch = Batch.of(
             without_float64_if_empty(hidden),
             cu_seqlens=cu_seqlens,
@@ -121,7 +121,7 @@ def span_weights(
     batch, ids = link.agree(check)
     states, offsets = batch.hidden.detach(), batch.cu_seqlens.tolist()
     found = regroup(
-        link, batch.rows(), ids, lambda i: states[offsets[i] : offsets[i + 1]], states, settings
+        link, batch.rows(), ids, lambda i: states[offsets[i] : offsets[i + 1]], states, options
     )
     weights = torch.ones(offsets[-1], dtype=torch.float32, device=states.device)
     for place, own in found.weights.items():
@@ -129,7 +129,7 @@ def span_weights(
     return GroupWeights(batch.restore(weights), *found[1:])
 
 
-class Settings(NamedTuple):
+class Options(NamedTuple):
     """What a call has besides rollouts, the same on all ranks."""
 
     config: SpanConfig
@@ -175,7 +175,7 @@ def regroup(
     sample_ids: Sequence[int] | None,
     take: Callable[[int], Tensor],
     like: Tensor,
-    settings: Settings,
+    options: Options,
 ) -> Regrouped:
     """Bring every group with both labels to one rank, there compute it, and bring weights back.
 
@@ -188,14 +188,14 @@ def regroup(
         take: the states of the rollout at a place in rows, on like's device. It is called once for
             rollouts of groups with both labels, when their group's turn comes, and never for
             others: what it returns need not be kept.
-        like: of the dtype, device and last dimension of all states. settings: checked.
+        like: of the dtype, device and last dimension of all states. options: checked.
 
     Raises:
         ValueError: arguments that differ between ranks, duplicate sample_ids, states that are
             refused.
         RuntimeError: on the other ranks if one rank raised.
     """
-    dim, dtype, before = _forms(link, like, len(rows), settings, sample_ids is not None)
+    dim, dtype, before = _forms(link, like, len(rows), options, sample_ids is not None)
     ids = range(before, before + len(rows)) if sample_ids is None else sample_ids
     groups = _groups(link, rows, ids)
     mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
@@ -222,7 +222,7 @@ def regroup(
                 for part, r in zip(torch.split(whole, lengths), members, strict=True):
                     part.copy_(arrived[r] if r in arrived else take(r.place))
                 arrived.clear()
-                weights, pairs = _of_group(whole, group, members, settings)
+                weights, pairs = _of_group(whole, group, members, options)
                 counted.append(pairs)
                 computed.update(zip(members, weights, strict=True))
 
@@ -245,7 +245,7 @@ def regroup(
 
 
 def _of_group(
-    states: Tensor, group: int, members: list[_Rollout], settings: Settings
+    states: Tensor, group: int, members: list[_Rollout], options: Options
 ) -> tuple[tuple[Tensor, ...], api.PairCounts]:
     """Weights of the rollouts of one group as they are used, and counts of its span pairs."""
     lengths = [r.tokens for r in members]
@@ -255,13 +255,13 @@ def _of_group(
             cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
             group_ids=[group] * len(members),
             labels=[r.label for r in members],
-            config=settings.config,
-            backend=settings.backend,
+            config=options.config,
+            backend=options.backend,
             return_counts=True,
         )
     except ValueError as error:
         raise _in_callers_words(error, states, members) from None
-    return torch.split(settings.weighting.apply(weights, settings.step), lengths), pairs
+    return torch.split(options.weighting.apply(weights, options.step), lengths), pairs
 
 
 def _turns(owners: Mapping[int, int]) -> list[list[int]]:
@@ -343,11 +343,11 @@ def _plain(value: Any) -> Any:
 
 
 def _forms(
-    link: Link, like: Tensor, rollouts: int, settings: Settings, with_ids: bool
+    link: Link, like: Tensor, rollouts: int, options: Options, with_ids: bool
 ) -> tuple[int, torch.dtype, int]:
     """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
     own = _Form(rollouts=rollouts, dim=like.shape[1], dtype=STATE_DTYPES.index(like.dtype))
-    fields = settings.fields() | {"the presence of sample_ids": with_ids}
+    fields = options.fields() | {"the presence of sample_ids": with_ids}
     hashes = [_hash(value) for value in fields.values()]
     told = [row for (row,) in link.gather([[*own, *hashes]], len(own) + len(hashes))]
     for place, (name, value) in enumerate(fields.items(), len(own)):
