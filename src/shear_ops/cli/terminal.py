@@ -22,7 +22,7 @@ def print_summary(console: Console, scores: Scores, summary: dict[str, Any], sho
         console.print(_colored(scores, shown))
         table = Table(
             box=SIMPLE,
-            padding=(0, 1, 0, 0),
+            padding=0,  # the box has a space between columns
             title="groups: token weights, AUC of the first wrong step",
         )
         columns = [name for name in summary["groups"][0] if name != "rollouts"]  # fits 80 columns
