@@ -648,13 +648,16 @@ def test_score_padded(shear: Shear, tmp_path: Path) -> None:
     assert torch.equal(written["mask"], given["mask"])
 
 
-def test_demo_on_the_shipped_rollouts(shear: Shear, tmp_path: Path) -> None:
+def test_demo_on_the_shipped_rollouts(
+    shear: Shear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report = tmp_path / "report.html"
     seen = json.loads(shear("demo", "--json", "--no-reference", "--report", report).out)
     assert seen["rollouts"] == 88
     assert seen["auc"]["uniform"]["pooled"] == 0.5
     assert 0 < seen["pairs"]["solved"] < seen["pairs"]["total"] == 18_150
     assert report.stat().st_size > 50_000
+    monkeypatch.setenv("COLUMNS", "80")
     done = shear("demo", "--no-reference", "--report", report, "--rollout", 0)
     assert f"AUC {seen['auc']['weights']['pooled']:.3f}" in done.out
     assert "rollout 0 of group 0" in done.out
