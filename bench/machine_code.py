@@ -37,7 +37,7 @@ CUDA_RECORD = ROOT / "bench" / "sass.json"
 TRITON_RECORD = RESULTS / "offline" / "triton.json"  # of no device: bench.report leaves it out
 
 # multiply-adds in a loop that does the work: on tensor cores, or not
-LEAST = {"HGMMA": 2, "HMMA": 16, "FFMA": 16}
+LEAST = {"IGMMA": 2, "IMMA": 16, "HGMMA": 2, "HMMA": 16, "FFMA": 16}
 INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.M
 )  # /*address*/ @predicate NAME.MODIFIERS operands;
@@ -226,7 +226,7 @@ def compiling_for(name: str) -> Iterator[list[Kernel]]:
     backend = TARGETS[name][0]
     on_nvidia = backend == "cuda"
     facts = target.Target(
-        132, on_nvidia, "tf32x3" if on_nvidia else "ieee", SHARED[name], int(not on_nvidia), False
+        132, on_nvidia, "tf32x3" if on_nvidia else "ieee", SHARED[name], int(not on_nvidia)
     )
     with (
         mock.patch.object(driver, "_active", _Driver(name)),

@@ -34,6 +34,7 @@ from .problems import (
     synthetic_group,
 )
 from .record import ROOT
+from .rounding import ENCODER, encoder, rounding
 from .sizes import Sizes
 from .timing import alternate, ratio, stage_seconds, summary
 from .training_step import overhead
@@ -302,7 +303,7 @@ def growth(sizes: Sizes) -> Entry:
 
 
 def survivors(sizes: Sizes) -> Entry:
-    """Span pairs bounded away, abandoned and solved on recorded real rollouts."""
+    """Span pairs bounded away, abandoned and solved on real rollouts and an encoder's texts."""
     rollouts = load_rollouts(sizes.rollouts or shipped_rollouts())
     configs = [SpanConfig(reg=reg) for reg in (0.01, 0.02, 0.03, 0.05, 0.1)] + [
         SpanConfig(span=span, stride=stride) for span in (80, 100, 120) for stride in (25, 50, 75)
@@ -320,7 +321,16 @@ def survivors(sizes: Sizes) -> Entry:
             }
         )  # fmt: skip
     tokens, dim = rollouts.hidden.shape
-    return {"rollouts": len(rollouts), "tokens": tokens, "dim": dim, "rows": rows}
+    entry: Entry = {"rollouts": len(rollouts), "tokens": tokens, "dim": dim, "rows": rows}
+    texts = encoder(1000)
+    if texts is None:
+        return entry | {"missing": ENCODER}
+    found = shear_ops.span_distances(
+        torch.cat(texts).to(torch.get_default_device()), cu_seqlens=1000 * torch.arange(5),
+        group_ids=torch.zeros(4, dtype=torch.int64), labels=torch.tensor([1, 1, 0, 0]),
+        backend=sizes.backend,
+    )  # fmt: skip
+    return entry | {"encoder": found.pairs._asdict()}
 
 
 def micro(sizes: Sizes) -> Entry:
@@ -392,4 +402,5 @@ ENTRIES: dict[str, Callable[[Sizes], Entry]] = {
     "ceilings": ceilings,
     "overhead": overhead,
     "survivors": survivors,
+    "rounding": rounding,
 }

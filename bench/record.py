@@ -34,7 +34,8 @@ def device_facts(device: torch.device | None = None) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts: dict[str, Any] = {
         "kind": "cpu",
-        "name": f"{name}, {cores} core{'' if cores == 1 else 's'}",
+        # clouds hide the model, and what counts is what it can multiply
+        "name": f"{name} ({shear_ops.cpu_isa()}), {cores} core{'' if cores == 1 else 's'}",
         "cpu": name,
         "cores": cores,
         "flags": sorted(f for f in cpu.get("flags", []) if VECTOR_FLAGS.search(f)),
@@ -53,7 +54,7 @@ def device_facts(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """Name of a device's record: nvidia-h200, amd-epyc-2-cores."""
+    """Name of a device's record: nvidia-h200, amd-epyc-avx2-2-cores."""
     return re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")
 
 

@@ -9,13 +9,13 @@ import click
 
 from .plots import draw
 from .record import RESULTS, ROOT, Record, load, load_all
-from .tables import details, short, targets
+from .tables import NOT_YET, details, rounding, short, targets
 
 MARKS = "<!-- bench:begin -->\n", "<!-- bench:end -->"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--check", is_flag=True, help="Write nothing; fail if a README is out of date.")
+@click.option("--check", is_flag=True, help="Write nothing; fail if a table is out of date.")
 @click.option(
     "--short",
     "record",
@@ -24,9 +24,9 @@ MARKS = "<!-- bench:begin -->\n", "<!-- bench:end -->"
     help="Write nothing; print what this record says, line by line.",
 )
 def main(check: bool, record: Path | None) -> None:
-    """Write the tables in README.md and bench/README.md, and the plots, from bench/results/*.json.
+    """Write the tables in README.md, bench/README.md and docs/numerics.md, and the plots.
 
-    Uses every record there. What no record holds reads "not measured yet".
+    Uses every record in bench/results. What no record holds reads "not measured yet".
 
     Example: python -m bench.report --short bench/results/nvidia-h200.json
     """
@@ -41,6 +41,7 @@ def main(check: bool, record: Path | None) -> None:
     for path, block in (
         (ROOT / "README.md", readme_block(records)),
         (ROOT / "bench" / "README.md", details_block(records)),
+        (ROOT / "docs" / "numerics.md", rounding_block(records)),
     ):
         old = path.read_text()
         new = put_block(old, block)
@@ -89,6 +90,12 @@ def details_block(records: dict[str, Record]) -> str:
     plots = [" ".join(plot_links(name, record, "results")) for name, record in records.items()]
     parts = [targets(records), *plots, *(details(record) for record in records.values())]
     return "\n\n".join(part for part in parts if part)
+
+
+def rounding_block(records: dict[str, Record]) -> str:
+    """The latest errors of int8 rows, for docs/numerics.md: they depend on no device."""
+    found = [r["entries"]["rounding"] for r in records.values() if "rounding" in r["entries"]]
+    return rounding(max(found, key=lambda entry: entry["run"]["date"])) if found else NOT_YET
 
 
 def put_block(text: str, block: str) -> str:

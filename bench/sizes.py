@@ -47,7 +47,10 @@ class Sizes:
     layer: Layer = Layer()
     layers: int = 28
     micro: tuple[str, ...] = ()  # arguments of pytest: which of the single functions
-    rollouts: Path | None = None  # of the entry survivors; None: those that come with the package
+    # of the entry survivors, None: those that come with the package; of rounding, beside those
+    rollouts: Path | None = None
+    rounding_dims: tuple[int, ...] = (16, 64, 65, 128, 256, 512, 1024, 4096, 8192)
+    rounding_pairs: int = 300  # of spans, of every kind of states
 
 
 QUICK = Sizes(
@@ -55,7 +58,7 @@ QUICK = Sizes(
     growth_tokens=(200, 400), growth_dim=32, growth_dims=(32, 64), growth_length=200,
     peak=256, repeats=2, limit_s=2.0, give_up_s=1.0, compiled=False,
     solver_tokens=125, rates=(2, 4), groups=1, layer=Layer(64, 128, 4, 2),
-    micro=("-k", "test_sinkhorn and (not peers or kernel)"),
+    micro=("-k", "test_sinkhorn and (not peers or kernel)"), rounding_dims=(64,), rounding_pairs=2,
 )  # fmt: skip
 GPU = Sizes(
     growth_tokens=(1000, 2000, 4000, 8000, 16000), growth_dim=2048,

@@ -230,7 +230,29 @@ def _survivors(entry: Entry) -> str:
               "solved to the end", "of these stopped at n_iters", "iterations"]  # fmt: skip
     dim = f", d = {entry['dim']}" if "dim" in entry else ""
     about = f"{entry['rollouts']} recorded real rollouts, {entry['tokens']:,} tokens{dim}."
+    if "encoder" in entry:
+        pairs = entry["encoder"]
+        parts = (f"{100 * pairs[k] / pairs['total']:.0f} % {k}" for k in pairs if k != "total")
+        about += (
+            f" States of a real encoder over text: {pairs['total']:,} span pairs, "
+            f"{', '.join(parts)}."
+        )
     return f"{about}\n\n{table(header, rows)}"
+
+
+def rounding(entry: Entry) -> str:
+    """Errors of span distances that rounding to int8 makes, by kind of states."""
+    rows = [
+        [row["states"], row["dim"], f"{row['worst']:.1e}", f"{row['mean']:.1e}",
+         f"{100 * row['recomputed']:.2f} %", f"{row['after']:.1e}"]
+        for row in entry["rows"]
+    ]  # fmt: skip
+    header = ["states", "d", "int8: worst", "mean", "entries recomputed", "after the second look"]
+    about = (
+        f"Errors of span distances relative to max(D, eps); {entry['pairs']} span pairs a group."
+    )
+    missing = "".join(f" Not installed: {name}." for name in entry["missing"])
+    return f"{about}{missing}\n\n{table(header, rows)}"
 
 
 def _solver(entry: Entry) -> str:
@@ -257,7 +279,8 @@ def _overhead(entry: Entry) -> str:
 
 
 OTHERS = {
-    "survivors": _survivors, "solver": _solver, "ceilings": _ceilings, "overhead": _overhead,
+    "survivors": _survivors, "rounding": rounding, "solver": _solver, "ceilings": _ceilings,
+    "overhead": _overhead,
 }  # fmt: skip
 
 

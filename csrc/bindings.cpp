@@ -14,11 +14,13 @@
 #include "chunks.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/pipeline.h"
 #include "cpu/plan.h"
 #include "cpu/workers.h"
 #include "cuda/plan.h"
 #include "cuda/tiles.h"
 #include "problem.h"
+#include "rounding.h"
 #include "solve.h"
 #include "token_cost.h"
 
@@ -100,7 +102,11 @@ py::dict plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>
 }
 
 // The columns of make_plan's tables, in their order.
-#define SHEAR_CHUNK_COLUMNS(X) X(block_begin) X(block_end) X(cost_floats) X(row_floats) X(pairs)
+// clang-format off
+#define SHEAR_CHUNK_COLUMNS(X)                                                           \
+  X(block_begin) X(block_end) X(stretch_begin) X(stretch_end) X(cost_floats) X(row_floats) \
+  X(pairs) X(places)
+// clang-format on
 struct ChunkRow {
   SHEAR_CHUNK_COLUMNS(SHEAR_FIELD)
 };
@@ -116,11 +122,13 @@ py::dict columns() {
   constexpr const char* rollout[] = {SHEAR_ROLLOUT_COLUMNS(SHEAR_NAME)};
   constexpr const char* span[] = {SHEAR_SPAN_COLUMNS(SHEAR_NAME)};
   constexpr const char* block[] = {SHEAR_BLOCK_COLUMNS(SHEAR_NAME)};
+  constexpr const char* stretch[] = {SHEAR_STRETCH_COLUMNS(SHEAR_NAME)};
   constexpr const char* chunk[] = {SHEAR_CHUNK_COLUMNS(SHEAR_NAME)};
   py::dict out;
   out["rollout"] = names(rollout);
   out["span"] = names(span);
   out["block"] = names(block);
+  out["stretch"] = names(stretch);
   out["chunk"] = names(chunk);
   return out;
 }
@@ -172,6 +180,22 @@ py::dict solver() {
   return out;
 }
 
+// The constants of csrc/rounding.h, for Triton.
+py::dict rounding() {
+  py::dict out;
+  out["most_int8"] = shear::kMostInt8;
+  out["least_entry"] = shear::kLeastEntry;
+  py::dict steps;
+  for (const int64_t block : {shear::kShortBlock, shear::kLongBlock})
+    steps[py::int_(block)] = shear::step_of_row(1.f, block);
+  out["step"] = steps;
+  out["exponents"] = shear::kExponents;
+  out["center_spread"] = shear::kCenterSpread;
+  out["center_bits"] = shear::kCenterBits;
+  out["least_limit"] = shear::kLeastLimit;
+  return out;
+}
+
 template <typename Row>
 py::array_t<int64_t> table(const std::vector<Row>& rows) {
   constexpr size_t kColumns = sizeof(Row) / sizeof(int64_t);
@@ -182,44 +206,57 @@ py::array_t<int64_t> table(const std::vector<Row>& rows) {
 }
 
 // The chunks themselves, for a backend that is driven from Python: a row per rollout, span, block,
-// chunk.
+// stretch, chunk.
 py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
-                   const std::vector<int64_t>& labels, int64_t span, int64_t stride,
-                   int64_t distance, int64_t tokens, int64_t bytes_per_pair) {
-  const shear::Config config =
-      shear::make_config({.span = span, .stride = stride, .distance = distance});
+                   const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
+                   int64_t distance, int64_t aggregation, bool every_pair, int64_t tokens,
+                   int64_t bytes_per_pair) {
+  const shear::Config config = shear::make_config({.span = span,
+                                                   .stride = stride,
+                                                   .distance = distance,
+                                                   .aggregation = aggregation,
+                                                   .every_pair = every_pair});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
+  const int64_t row_bytes = shear::row_bytes(config, dim);
   const shear::Chunks plan =
-      shear::make_chunks(problem, config, {shear::kDeviceChunkBytes, bytes_per_pair});
+      shear::make_chunks(problem, config, row_bytes, {shear::kDeviceChunkBytes, bytes_per_pair});
   std::vector<shear::Block> blocks;
+  std::vector<shear::Stretch> stretches;
   std::vector<ChunkRow> chunks;
   for (const shear::Chunk& chunk : plan.chunks) {
     const auto begin = static_cast<int64_t>(blocks.size());
+    const auto stretch_begin = static_cast<int64_t>(stretches.size());
     blocks.insert(blocks.end(), chunk.blocks.begin(), chunk.blocks.end());
+    stretches.insert(stretches.end(), chunk.stretches.begin(), chunk.stretches.end());
     chunks.push_back({.block_begin = begin,
                       .block_end = static_cast<int64_t>(blocks.size()),
+                      .stretch_begin = stretch_begin,
+                      .stretch_end = static_cast<int64_t>(stretches.size()),
                       .cost_floats = chunk.cost_floats,
                       .row_floats = chunk.row_floats,
-                      .pairs = chunk.pairs});
+                      .pairs = chunk.pairs,
+                      .places = chunk.places});
   }
   py::dict out;
   out["rollouts"] = table(problem.rollouts);
   out["spans"] = table(problem.spans);
   out["blocks"] = table(blocks);
+  out["stretches"] = table(stretches);
   out["chunks"] = table(chunks);
   out["groups"] = problem.groups.size();
   out["pairs"] = plan.pairs;
+  out["row_bytes"] = row_bytes;
   return out;
 }
 
 py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& group_ids,
-                     const std::vector<int64_t>& labels, int64_t span, int64_t stride,
+                     const std::vector<int64_t>& labels, int64_t dim, int64_t span, int64_t stride,
                      int64_t distance, int64_t tokens, int64_t processors, int64_t shared_bytes) {
   const shear::Config config =
       shear::make_config({.span = span, .stride = stride, .distance = distance});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
   const shear::cuda::DevicePlan plan = shear::cuda::make_device_plan(
-      problem, config, {.processors = processors, .shared_bytes = shared_bytes});
+      problem, config, dim, {.processors = processors, .shared_bytes = shared_bytes});
   py::list chunks;
   for (const shear::cuda::DeviceChunk& chunk : plan.chunks) {
     py::dict entry;
@@ -228,10 +265,13 @@ py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<i
     entry["strips"] = chunk.strips;
     entry["bound_rows"] = chunk.bound_rows;
     entry["pairs"] = chunk.pairs;
+    entry["places"] = chunk.places;
     chunks.append(entry);
   }
   py::dict out;
   out["chunks"] = chunks;
+  out["second_look"] = plan.look.spans;
+  out["second_look_batch"] = plan.look.batch;
   out["large_tiles"] = plan.large_tiles;
   out["solver"] = static_cast<int>(plan.solver.solver);
   out["solver_grid"] = plan.solver.grid.ctas;
@@ -241,6 +281,23 @@ py::dict device_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<i
   out["table_bytes"] = plan.workspace.tables;
   out["workspace_bytes"] = plan.workspace.bytes;
   return out;
+}
+
+// Int8 rows, steps and center of the states of one group (tokens, dim), by csrc/rounding.h.
+py::tuple int8_rows(const py::array_t<float, py::array::c_style | py::array::forcecast>& states) {
+  if (states.ndim() != 2 || states.shape(0) < 2 || states.shape(1) < shear::kLeastRoundedDim ||
+      states.shape(1) > shear::kMostRoundedDim)
+    throw std::invalid_argument("states must be (tokens, dim), two tokens or more, dim in [" +
+                                std::to_string(shear::kLeastRoundedDim) + ", " +
+                                std::to_string(shear::kMostRoundedDim) + "]");
+  const int64_t tokens = states.shape(0), dim = states.shape(1);
+  const shear::Config config = shear::make_config({});
+  const shear::Problem problem = shear::make_pair_problem(1, tokens - 1, config);
+  py::array_t<int8_t> rows({tokens, shear::rounded_depth(dim)});
+  py::array_t<float> scale(tokens), center(dim);
+  shear::cpu::Pipeline pipeline({states.data(), shear::Dtype::kFloat32, dim}, problem, config);
+  pipeline.int8_rows(rows.mutable_data(), scale.mutable_data(), center.mutable_data());
+  return py::make_tuple(rows, scale, center);
 }
 
 }  // namespace
@@ -254,10 +311,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COLUMNS") = columns();
   m.attr("CHOICES") = choices();
   m.attr("SOLVER") = solver();
+  m.attr("ROUNDING") = rounding();
   m.attr("STATIC_SHARED_BYTES") = shear::cuda::kStaticSharedBytes;
   m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
+  m.attr("NEAR_ROUNDED") = shear::kNearRounded;
+  m.def("int8_rows", &int8_rows, py::arg("states"));
   m.attr("LEAST_ROLLOUT_NORM") = shear::kLeastRolloutNorm;
-  m.attr("MEAN_SHARE") = shear::kMeanShare;
   m.attr("MOST_NORM") = shear::kMostNorm;
   m.attr("LEAST_NORM") = shear::kLeastNorm;
   m.attr("FAINT_NORM") = shear::kFaintNorm;
@@ -294,9 +353,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("reg"), py::arg("n_iters"), py::arg("tol"), py::arg("reg_unit"),
         py::arg("distance"), py::arg("normalization"), py::arg("pooling"), py::arg("aggregation"));
   m.def("make_plan", &make_plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
-        py::kw_only(), py::arg("span"), py::arg("stride"), py::arg("distance"), py::arg("tokens"),
+        py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
+        py::arg("aggregation"), py::arg("every_pair"), py::arg("tokens"),
         py::arg("bytes_per_pair"));
   m.def("device_plan", &device_plan, py::arg("cu_seqlens"), py::arg("group_ids"), py::arg("labels"),
-        py::kw_only(), py::arg("span"), py::arg("stride"), py::arg("distance"), py::arg("tokens"),
-        py::arg("processors"), py::arg("shared_bytes"));
+        py::kw_only(), py::arg("dim"), py::arg("span"), py::arg("stride"), py::arg("distance"),
+        py::arg("tokens"), py::arg("processors"), py::arg("shared_bytes"));
 }

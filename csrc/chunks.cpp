@@ -1,6 +1,7 @@
 #include "chunks.h"
 
 #include <algorithm>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -32,14 +33,17 @@ int64_t fitting_spans(int64_t available, int64_t most, const Bytes& bytes) {
 
 class Planner {
  public:
-  Planner(const Problem& problem, bool needs_costs, const Budget& budget)
-      : problem_(problem), needs_costs_(needs_costs), budget_(budget) {}
+  Planner(const Problem& problem, bool needs_costs, int64_t row_bytes, const Budget& budget)
+      : problem_(problem),
+        needs_costs_(needs_costs),
+        rounded_bytes_(rounded_bytes(row_bytes)),
+        budget_(budget) {}
 
   void add(int64_t group, const Rollout& correct, const Rollout& incorrect) {
     for (int64_t col = incorrect.span_begin; col < incorrect.span_end;) {
-      // one row span decides how many columns fit, then as many row spans as still fit
+      // with one row span, the columns may take a quarter: room is left for many rows
       const int64_t cols =
-          fitting_spans(incorrect.span_end - col, budget_.chunk_bytes, [&](int64_t n) {
+          fitting_spans(incorrect.span_end - col, budget_.chunk_bytes / 4, [&](int64_t n) {
             return block_bytes(tokens_of(problem_, correct.span_begin, 1),
                                tokens_of(problem_, col, n), 1, n);
           });
@@ -63,7 +67,25 @@ class Planner {
                       int64_t col_spans) const {
     const int64_t floats =
         needs_costs_ ? row_tokens * (round_up(col_tokens, kCostPad) + col_spans) : 0;
-    return 4 * floats + budget_.bytes_per_pair * row_spans * col_spans;
+    return 4 * floats + rounded_bytes_ * (row_tokens + col_tokens) +
+           budget_.bytes_per_pair * row_spans * col_spans;
+  }
+
+  bool has_stretch(int64_t token, int64_t tokens) const {
+    return places_.contains({token, tokens});
+  }
+
+  // The place of the int8 rows of these tokens in the last chunk.
+  int64_t place(int64_t group, int64_t token, int64_t tokens) {
+    if (rounded_bytes_ == 0) return 0;
+    Chunk& chunk = plan_.chunks.back();
+    const auto [found, is_new] = places_.try_emplace({token, tokens}, chunk.places);
+    if (is_new) {
+      chunk.stretches.push_back(
+          {.group = group, .token = token, .tokens = tokens, .place = chunk.places});
+      chunk.places += tokens;
+    }
+    return found->second;
   }
 
   void push(int64_t group, int64_t row_span, int64_t row_spans, int64_t col_span,
@@ -79,15 +101,24 @@ class Planner {
     block.col_token = problem_.spans[col_span].begin;
     block.col_tokens = tokens_of(problem_, col_span, col_spans);
     block.ld = round_up(block.col_tokens, kCostPad);
-    const int64_t bytes = block_bytes(block.row_tokens, block.col_tokens, row_spans, col_spans);
-    if (plan_.chunks.empty() || bytes_ + bytes > budget_.chunk_bytes) {
+    int64_t bytes = block_bytes(block.row_tokens, block.col_tokens, row_spans, col_spans);
+    int64_t shared = 0;  // tokens whose rows the chunk has
+    if (has_stretch(block.row_token, block.row_tokens)) shared += block.row_tokens;
+    if (has_stretch(block.col_token, block.col_tokens)) shared += block.col_tokens;
+    const int64_t more = bytes - rounded_bytes_ * shared;
+    if (plan_.chunks.empty() || bytes_ + more > budget_.chunk_bytes) {
       plan_.chunks.emplace_back();
+      places_.clear();
       bytes_ = 0;
+    } else {
+      bytes = more;
     }
     Chunk& chunk = plan_.chunks.back();
     block.cost_offset = chunk.cost_floats;
     block.row_offset = chunk.row_floats;
     block.pair_offset = chunk.pairs;
+    block.row_place = place(group, block.row_token, block.row_tokens);
+    block.col_place = place(group, block.col_token, block.col_tokens);
     if (needs_costs_) {
       chunk.cost_floats += block.row_tokens * block.ld;
       chunk.row_floats += block.row_tokens * col_spans;
@@ -102,9 +133,12 @@ class Planner {
 
   const Problem& problem_;
   const bool needs_costs_;
+  const int64_t rounded_bytes_;  // of a token
   const Budget budget_;
   Chunks plan_;
-  int64_t bytes_ = 0;  // of the last chunk
+  // of the last chunk
+  int64_t bytes_ = 0;
+  std::map<std::pair<int64_t, int64_t>, int64_t> places_;  // of stretches: token, tokens
 };
 
 // Throws std::invalid_argument on groups that would be cut into more blocks than a plan lists.
@@ -134,10 +168,11 @@ void check_size(const Problem& problem, bool needs_costs, const Budget& budget) 
 
 }  // namespace
 
-Chunks make_chunks(const Problem& problem, const Config& config, const Budget& budget) {
+Chunks make_chunks(const Problem& problem, const Config& config, int64_t row_bytes,
+                   const Budget& budget) {
   const bool needs_costs = config.distance != Distance::kCosine;
   check_size(problem, needs_costs, budget);
-  Planner planner(problem, needs_costs, budget);
+  Planner planner(problem, needs_costs, row_bytes, budget);
   for (size_t g = 0; g < problem.groups.size(); ++g)
     for (const int64_t i : problem.groups[g].correct)
       for (const int64_t j : problem.groups[g].incorrect)

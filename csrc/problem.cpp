@@ -92,6 +92,7 @@ Config make_config(const Options& given) {
   config.aggregation = to_enum<Aggregation>("aggregation", given.aggregation, kAggregations);
   config.check_finite = given.check_finite;
   config.prune = given.prune && config.aggregation == Aggregation::kMin;  // a mean needs every pair
+  config.every_pair = given.every_pair;
   return config;
 }
 

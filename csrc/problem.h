@@ -41,6 +41,7 @@ struct Config {
   Aggregation aggregation;
   bool check_finite;
   bool prune;
+  bool every_pair;  // its distance is asked for, not only the nearest spans'
 };
 
 // The options of an operator as they come, before their check. A default here stands for "plays no
@@ -51,11 +52,17 @@ struct Options {
   int64_t n_iters = 1;
   double tol = 0;
   int64_t reg_unit = 0, distance = 0, normalization = 0, pooling = 0, aggregation = 0;
-  bool check_finite = true, prune = true;
+  bool check_finite = true, prune = true, every_pair = false;
 };
 
 // Throws std::invalid_argument naming the argument, the value seen and the value wanted.
 Config make_config(const Options& options);
+
+// Whether only the distances of the nearest spans count, so that these alone need be exact.
+inline bool takes_second_look(const Config& config) {
+  return config.distance == Distance::kSinkhorn && config.aggregation == Aggregation::kMin &&
+         !config.every_pair;
+}
 
 // begin, end: tokens of the packed layout.
 #define SHEAR_SPAN_COLUMNS(X) X(begin) X(end) X(rollout)

@@ -7,13 +7,8 @@ namespace shear {
 // Below this share of ||x||^2 + ||y||^2 cancellation eats the result, and these small costs are
 // what a minimum picks: such entries are computed again from the differences of the states.
 constexpr float kNearDuplicate = 0x1p-7f;
-
-// States are centred before their product is taken where the squared norm of the group's mean state
-// is more than this share of the squared mean norm. Up to there the product of states as they are
-// loses at most four bits more to cancellation than that of centred ones, and is exact per term in
-// bfloat16. Beyond, most entries would fall below the threshold for near-duplicates and be computed
-// a second time. (float32 states are always centred on the CPU, where that costs nothing.)
-constexpr double kMeanShare = 0.95;
+// The same of int8 rows (csrc/rounding.h), which lose more: docs/numerics.md has the measurements.
+constexpr float kNearRounded = 0x1p-4f;
 
 // Norms that float32 has room for. Below kMostNorm no sum of squares of centred states overflows:
 // 8 kMostNorm^2 = 2^127. From a mean norm of kLeastNorm on, the squared differences of states that

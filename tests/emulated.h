@@ -1,28 +1,30 @@
-// The AMX and AVX512-BF16 instructions that csrc/cpu/token_cost_bf16.cpp uses, in plain C++:
-// products of bfloat16 pairs are exact in float32 and added to the sum one after the other.
+// The VNNI and AMX instructions that csrc/cpu/kernels/int8_product.h and token_cost_int8.cpp use,
+// in plain C++.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-typedef float __m512 __attribute__((vector_size(64)));
-typedef float __m512bh __attribute__((vector_size(64)));
-
 namespace emulated {
 
-inline float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-// sum + the products of two pairs
-inline float dot(float sum, const void* x, const void* y) {
-  uint16_t a[2], b[2];
+// sum + the products of four bytes of either
+template <typename X>
+int32_t dot(int32_t sum, const void* x, const void* y) {
+  X a[4];
+  int8_t b[4];
   std::memcpy(a, x, sizeof a);
   std::memcpy(b, y, sizeof b);
-  sum += from_bf16(a[1]) * from_bf16(b[1]);
-  return sum + from_bf16(a[0]) * from_bf16(b[0]);
+  for (int k = 0; k < 4; ++k) sum += a[k] * b[k];
+  return sum;
+}
+
+// A vector of 32-bit lanes: unsigned times signed bytes.
+template <typename V>
+V dot_of_bytes(V sum, V x, V y) {
+  for (unsigned l = 0; l < sizeof(V) / 4; ++l) {
+    const int32_t a = x[l], b = y[l];
+    sum[l] = dot<uint8_t>(sum[l], &a, &b);
+  }
+  return sum;
 }
 
 struct Tile {
@@ -55,23 +57,14 @@ inline void _tile_stored(int t, void* to, int64_t stride) {
   for (int r = 0; r < 16; ++r)
     std::memcpy(static_cast<char*>(to) + r * stride, emulated::tile(t).row[r], 64);
 }
-inline void _tile_dpbf16ps(int c, int a, int b) {
+inline void _tile_dpbssd(int c, int a, int b) {
   for (int m = 0; m < 16; ++m)
     for (int n = 0; n < 16; ++n) {
-      float sum;
+      int32_t sum;
       std::memcpy(&sum, emulated::tile(c).row[m] + 4 * n, sizeof sum);
       for (int k = 0; k < 16; ++k)
-        sum =
-            emulated::dot(sum, emulated::tile(a).row[m] + 4 * k, emulated::tile(b).row[k] + 4 * n);
+        sum = emulated::dot<int8_t>(sum, emulated::tile(a).row[m] + 4 * k,
+                                    emulated::tile(b).row[k] + 4 * n);
       std::memcpy(emulated::tile(c).row[m] + 4 * n, &sum, sizeof sum);
     }
-}
-inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh x, __m512bh y) {
-  for (int l = 0; l < 16; ++l) {
-    float a, b;
-    std::memcpy(&a, reinterpret_cast<const char*>(&x) + 4 * l, sizeof a);
-    std::memcpy(&b, reinterpret_cast<const char*>(&y) + 4 * l, sizeof b);
-    sum[l] = emulated::dot(sum[l], &a, &b);
-  }
-  return sum;
 }

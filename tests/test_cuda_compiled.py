@@ -28,7 +28,7 @@ def kernels() -> dict[str, dict[str, int]]:
 def test_the_record_has_every_solver() -> None:
     assert sum(name.startswith("sinkhorn") for name in RECORD) == 5
     assert "sinkhorn<2,7,25,4>" in RECORD
-    assert sum(name.startswith("token_costs") for name in RECORD) == 12
+    assert sum(name.startswith("token_costs") for name in RECORD) == 18
 
 
 @pytest.mark.parametrize("name", RECORD)

@@ -18,7 +18,7 @@ from torch import Tensor
 import shear_ops
 import solver_steps
 from problems import DTYPES, PROBLEMS, Text, problem
-from shear_ops import SpanConfig, reference
+from shear_ops import _C, SpanConfig, reference
 from shear_ops.ops import backends, torch_op
 from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
 
@@ -27,6 +27,7 @@ SOURCES = [
     *(f"csrc/cuda/{name}.cu" for name in ("span_weights", "pipeline", "token_cost", "sinkhorn")),
     *(f"csrc/{name}.cpp" for name in ("problem", "chunks", "cuda/plan")),
     "tests/emulated/order.cpp",
+    "tests/emulated/rows.cpp",
 ]
 DEFINITIONS = torch.library.Library("shear_emulated", "DEF")
 NAMES = torch_op.NAMES
@@ -128,6 +129,79 @@ def test_no_bit_depends_on_pruning_or_who_comes_first(name: str, library: ctypes
             assert torch.equal(found[field], wanted[field]), (order, prune, field)
 
 
+def rows_of(states: Tensor, library: ctypes.CDLL) -> tuple[Tensor, Tensor, Tensor]:
+    """Int8 rows, steps and center of the states of one group."""
+    tokens, dim = states.shape
+    rows = torch.empty(tokens, -(-dim // 64) * 64, dtype=torch.int8)
+    scale, center = torch.empty(tokens), torch.empty(dim)
+    dtype = [torch.float32, torch.float16, torch.bfloat16].index(states.dtype)
+    sizes = dtype, ctypes.c_int64(tokens), ctypes.c_int64(dim)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (states, rows, scale, center)]
+    library.shear_emulated_rows(pointers[0], *sizes, *pointers[1:])
+    return rows, scale, center
+
+
+def states_to_round(kind: str, dim: int) -> Tensor:
+    text = Text(dim, dim)
+    states = torch.cat(text.rollouts(21, 12))
+    if kind == "sinks":
+        states[::9, 7] = 3000.0
+        states[4] = 0
+    if kind == "zero center":
+        states = torch.cat([states, -states, torch.zeros(2, dim)])
+    if kind == "one token":
+        states = states[:1].expand(30, dim).contiguous()
+    return states
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "dim"),
+    [("text", 65), ("sinks", 130), ("sinks", 200), ("zero center", 640), ("one token", 72)],
+)
+def test_int8_rows_are_those_of_the_cpu_backend(
+    kind: str, dim: int, dtype: torch.dtype, library: ctypes.CDLL
+) -> None:
+    states = states_to_round(kind, dim).to(dtype)
+    wanted = [torch.from_numpy(a) for a in _C.int8_rows(states.float().numpy())]
+    for order in (0, 2):
+        library.shear_emulated_order(order)
+        for seen, same in zip(rows_of(states, library), wanted, strict=True):
+            assert torch.equal(seen, same)
+    rows, scale, center = wanted
+    assert (center == 0).all() == (kind == "zero center")
+    at_center = 2 if kind == "zero center" else 0
+    if kind == "one token" and dtype != torch.float32:  # else the center is a rounded one
+        at_center = len(states)
+    assert (scale == 0).sum() == at_center
+    assert (rows[scale > 0].abs().amax(1) == 127).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_look_leaves_no_rounding(dtype: torch.dtype) -> None:
+    """Distances of the nearest spans are bitwise those of pair_distances, which never rounds."""
+    case = problem("", Text(5, 90).rollouts(70, 83), [0, 1], span=20, stride=9, reg=0.1)
+    given = case.arguments(dtype)
+    found = span_distances(given, case.config)
+    total, bounded, abandoned, solved, _ = found["pairs"].tolist()
+    assert total == bounded + abandoned + solved
+    y, x = given["hidden"].split([70, 83])
+    options = SpanConfig(**case.config).op_arguments()
+    matrix = torch.ops.shear_emulated.pair_distances(x, y, **options)
+    cols, rows = matrix.shape[1], matrix.shape[0]
+    nearest = found["nearest"]
+    assert ((nearest[:cols] >= cols) & (nearest[cols:] < cols).all()).all()
+    exact = matrix[
+        torch.cat([nearest[:cols] - cols, torch.arange(rows)]),
+        torch.cat([torch.arange(cols), nearest[cols:]]),
+    ]
+    assert torch.equal(found["distance"], exact)
+    unpruned = span_distances(given, case.config, prune=False)
+    assert unpruned["pairs"].tolist() == [total, 0, 0, total, 0]
+    for field in FIELDS[:5]:
+        assert torch.equal(unpruned[field], found[field])
+
+
 def test_no_bit_depends_on_other_groups() -> None:
     case = BY_NAME["interleaved groups"]
     given = case.arguments()
@@ -148,12 +222,13 @@ def test_no_bit_depends_on_other_groups() -> None:
             assert torch.equal(found[field], whole[field][where]), field
 
 
-# spans of every solver, strides with and without column minima, states that are not 16-byte rows
+# spans of every solver, strides with and without column minima, states that are rounded to int8
+# and states that are not 16-byte rows
 SHAPES = [
     (span, stride, dim)
     for span, stride in ((32, 8), (33, 9), (64, 16), (65, 40), (100, 25), (101, 33), (128, 128),
                          (129, 50), (260, 260))
-    for dim in (24, 23)
+    for dim in (72, 23)
 ]  # fmt: skip
 
 

@@ -82,7 +82,6 @@ def test_when_the_level_goes_up() -> None:
 def test_constants_are_those_of_the_code() -> None:
     """A constant that changes has to change in the text."""
     assert _C.NEAR_DUPLICATE == 2.0**-7
-    assert _C.MEAN_SHARE == 0.95
     assert _C.LEAST_ROLLOUT_NORM == reference.LEAST_ROLLOUT_NORM == 2.0**-24
     said = {
         "far": (1e30, ["Padding** has cost 1e30"]),
@@ -115,7 +114,8 @@ def test_constants_are_those_of_the_code() -> None:
     }
     assert {name: pytest.approx(value) for name, (value, _) in said.items()} == _C.SOLVER
     texts = [text for _, of_constant in said.values() for text in of_constant]
-    for text in ("q < 2^-7", "m = 0.95", *texts):
+    assert (_C.NEAR_DUPLICATE, _C.NEAR_ROUNDED) == (2.0**-7, 2.0**-4)
+    for text in ("q < 2^-7", "q < 2^-4 here", *texts):
         assert text in METHOD, text
 
 

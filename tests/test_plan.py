@@ -28,7 +28,7 @@ def group(rollouts: int, tokens: int, dim: int, **config: object) -> tuple[int, 
 def test_paper_group() -> None:
     seen = group(8, 3000, 3584)
     assert (seen.spans, seen.mixed_groups, seen.pairs) == (8 * 117, 1, 219_024)
-    assert (seen.token_pairs, seen.chunks) == (12_000**2, 3)
+    assert (seen.token_pairs, seen.chunks) == (12_000**2, 4)
     assert 0.2 * GIB < seen.workspace_bytes < 0.5 * GIB
 
 
@@ -110,26 +110,28 @@ def test_memory_of_a_call_stays_within_the_plan(tokens: int, rollouts: int, stri
 H100 = {"processors": 132, "shared_bytes": 232_448 - 256}  # less what is static
 
 
-def device_group(rollouts: int, tokens: int, *, groups: int = 1, span: int = 100,
+def device_group(rollouts: int, tokens: int, *, groups: int = 1, dim: int = 64, span: int = 100,
                  stride: int = 25, distance: int = 0) -> dict[str, Any]:  # fmt: skip
     batch = rollouts * groups
     return _C.device_plan(
         [i * tokens for i in range(batch + 1)],
         [i // rollouts for i in range(batch)],
         [i % 2 for i in range(batch)],
-        span=span, stride=stride, distance=distance, tokens=batch * tokens, **H100,
+        dim=dim, span=span, stride=stride, distance=distance, tokens=batch * tokens, **H100,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dim", [64, 8192])
 @pytest.mark.parametrize("tokens", [1, 100, 101, 3000, 32_768, 131_072])
-def test_device_plan_is_bounded(tokens: int) -> None:
-    seen = device_group(2 if tokens > 32_768 else 8, tokens)
+def test_device_plan_is_bounded(tokens: int, dim: int) -> None:
+    seen = device_group(2 if tokens > 32_768 else 8, tokens, dim=dim)
     assert seen["workspace_bytes"] <= 1.125 * GIB
     assert seen["solver_shared_bytes"] <= H100["shared_bytes"]
     assert 1 <= seen["solver_grid"] <= 4 * H100["processors"]
     for chunk in seen["chunks"]:
         assert chunk["pairs"] < 2**32
         assert max(chunk["cost_tiles"], chunk["strips"], chunk["bound_rows"]) < 2**31
+        assert (chunk["places"] > 0) == (dim > 64)
     spans = 1 if tokens <= 100 else -(-(tokens - 100) // 25) + 1
     blocks = 1 if tokens > 32_768 else 16
     assert sum(chunk["pairs"] for chunk in seen["chunks"]) == blocks * spans**2
@@ -144,6 +146,24 @@ def test_device_plan_of_many_groups(groups: int) -> None:
     assert sum(chunk["cost_tiles"] for chunk in seen["chunks"]) == groups
     assert sum(chunk["bound_rows"] for chunk in seen["chunks"]) == 2 * groups
     assert seen["table_bytes"] < 300 * groups + 2048
+
+
+def test_device_plan_of_a_second_look() -> None:
+    """Of every span; as many at a time as fit a chunk."""
+    seen = device_group(8, 3000, dim=3584)
+    (chunk,) = seen["chunks"]
+    assert chunk["places"] == 8 * 3000
+    assert (seen["second_look"], seen["second_look_batch"]) == (8 * 117, 8 * 117)
+    assert seen["workspace_bytes"] < 0.8 * GIB
+    many = device_group(2, 120, groups=10_000, dim=128)
+    pair_bytes = 4 * (100 * 112 + 100 + 4 * 112) + 16
+    assert many["second_look"] == 40_000
+    assert 0.99 < many["second_look_batch"] * pair_bytes / (128 * 2**20) < 1
+    for exact in (
+        device_group(8, 3000, dim=64),
+        device_group(8, 3000, dim=3584, distance=1),
+    ):
+        assert exact["second_look"] == exact["chunks"][0]["places"] == 0
 
 
 def test_device_plan_of_the_paper_group() -> None:
@@ -200,9 +220,10 @@ calls = {
     "plan": lambda offsets: shear_ops.plan(offsets, group_ids=ids, labels=labels, dim=8),
     "wide": wide,
     "make_plan": lambda offsets: _C.make_plan(
-        offsets, ids, labels, **options, tokens=offsets[-1], bytes_per_pair=40),
+        offsets, ids, labels, **options, dim=8, aggregation=0, every_pair=False,
+        tokens=offsets[-1], bytes_per_pair=40),
     "device_plan": lambda offsets: _C.device_plan(
-        offsets, ids, labels, **options, tokens=offsets[-1], processors=132, shared_bytes=232192),
+        offsets, ids, labels, **options, dim=128, tokens=offsets[-1], processors=132, shared_bytes=232192),
 }
 failed = 0
 def refused(name, offsets, wanted="cu_seqlens must"):

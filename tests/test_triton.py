@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench.language import Text
 from torch import Tensor
 
 import shear_ops
@@ -24,6 +25,7 @@ from rollouts_for_tests import CONFIG, arguments
 from shear_ops import _C, SpanConfig
 from shear_ops.ops import backends
 from test_backends import device_of, span_distances
+from test_rounding import states as rounded_states
 
 REASON = backends.status()["triton"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -41,32 +43,50 @@ def moved(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str,
 
 def in_single_blocks(plan: dict[str, Any]) -> dict[str, Any]:
     """The same plan with every block in a chunk of its own."""
-    blocks, chunks = plan["blocks"].copy(), []
+    blocks, stretches, chunks = plan["blocks"].copy(), [], []
     for k, row in enumerate(blocks):
         block = dict(zip(_C.COLUMNS["block"], row, strict=True))
-        row[[name.endswith("offset") for name in block]] = 0  # into the chunk
+        row[[name.endswith(("offset", "place")) for name in block]] = 0  # into the chunk
+        row[_C.COLUMNS["block"].index("col_place")] = block["row_tokens"]
+        for side, place in (("row", 0), ("col", block["row_tokens"])):
+            stretch = {"group": block["group"], "place": place}
+            stretch |= {name: block[f"{side}_{name}"] for name in ("token", "tokens")}
+            stretches.append([stretch[name] for name in _C.COLUMNS["stretch"]])
         chunk = {
             "block_begin": k,
             "block_end": k + 1,
+            "stretch_begin": 2 * k,
+            "stretch_end": 2 * k + 2,
+            "places": block["row_tokens"] + block["col_tokens"],
             "cost_floats": block["row_tokens"] * block["ld"],
             "row_floats": block["row_tokens"] * block["col_spans"],
             "pairs": block["row_spans"] * block["col_spans"],
         }
         chunks.append([chunk[name] for name in _C.COLUMNS["chunk"]])
-    return {**plan, "blocks": blocks, "chunks": np.array(chunks)}
+    return {
+        **plan, "blocks": blocks, "stretches": np.array(stretches), "chunks": np.array(chunks)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("distance", ["sinkhorn", "cosine"])
 def test_chunks_change_no_bit(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shear_ops.triton import ops
+    from shear_ops.triton import ops, tables
 
     config = SpanConfig(**CONFIG, distance=distance)
-    whole = span_distances("triton", arguments(), config=config)
+    given = arguments(dim=70)
+    whole = span_distances("triton", given, config=config)
     make_plan = ops._C.make_plan
     monkeypatch.setattr(ops._C, "make_plan", lambda *a, **k: in_single_blocks(make_plan(*a, **k)))
+    monkeypatch.setattr(tables, "SLICE", 1)  # several second looks
     ops._recent.clear()
-    parts = span_distances("triton", arguments(), config=config)
+    parts = span_distances("triton", given, config=config)
+    used = next(reversed(ops._recent.values()))
     ops._recent.clear()
+    assert len(used.chunks) > 1
+    if distance == "sinkhorn":
+        assert used.row_bytes == 128
+        assert used.second is not None
+        assert len(used.second.blocks) < len(whole.distance) / 2
     for name in ("distance", "nearest", "residual", "iterations"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name
     assert (whole.nearest >= 0).any()
@@ -79,9 +99,9 @@ def results(path: str) -> None:
 
     x, y = arguments()["hidden"][:40], arguments()["hidden"][40:70]
     found: list[Tensor] = []
-    for distance in ("sinkhorn", "mmd", "cosine"):
+    for distance, dim in (("sinkhorn", 70), ("mmd", 12), ("cosine", 12)):
         config = SpanConfig(span=16, stride=12, distance=distance)
-        found += span_distances("triton", arguments(), config=config)[:6]
+        found += span_distances("triton", arguments(dim=dim), config=config)[:6]
         given = moved(device_of("triton"))
         found.append(shear_ops.span_weights(**given, config=config, backend="triton").cpu())
     found.append(ops.pair_distances(x.to(device_of("triton")), y.to(device_of("triton"))).cpu())
@@ -90,11 +110,13 @@ def results(path: str) -> None:
 
 def other_columns() -> None:
     """From now on, _C has the columns of all tables in the opposite order, and one more in blocks."""
-    make_plan, tables = _C.make_plan, ("rollout", "span", "block", "chunk")
+    tables = {name: f"{name}s" for name in ("rollout", "span", "block", "chunk")}
+    tables["stretch"] = "stretches"
+    make_plan = _C.make_plan
 
     def other_plan(*args: Any, **options: Any) -> dict[str, Any]:
         plan = make_plan(*args, **options)
-        other = {f"{name}s": plan[f"{name}s"][:, ::-1].copy() for name in tables}
+        other = {name: plan[name][:, ::-1].copy() for name in tables.values()}
         blocks = other["blocks"]
         return plan | other | {"blocks": np.insert(blocks, 0, np.full(len(blocks), -1), axis=1)}
 
@@ -116,6 +138,66 @@ def test_nothing_depends_on_the_order_of_columns(tmp_path: Path) -> None:
     assert len(seen) == len(wanted)
     for k, (a, b) in enumerate(zip(seen, wanted, strict=True)):
         assert torch.equal(a, b), k
+
+
+ROWS = [(65, torch.float32), (130, torch.bfloat16), (200, torch.float16), (640, torch.float32)]
+
+
+@pytest.mark.parametrize(("dim", "dtype"), ROWS, ids=lambda v: str(v).removeprefix("torch."))
+def test_rows_are_those_of_the_cpu(dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Int8 rows, their scales and the centers of two groups, bit by bit."""
+    from shear_ops.triton import rounding, states, tables
+
+    half = rounded_states(dim)[:70]  # outliers, sinks, a token of zeros
+    other = torch.ones(70, dim)  # all but two at the center
+    other[0], other[1] = 2, 0
+    hidden = torch.stack([half, other]).to(dtype)
+    plan = _C.make_plan(
+        [0, 40, 70, 110, 140], [0, 0, 1, 1], [1, 0, 0, 1], dim=dim, span=70, stride=70, distance=0,
+        aggregation=0, every_pair=False, tokens=140, bytes_per_pair=40,
+    )  # fmt: skip
+    table = tables.tables_of(plan, device)
+    packed = hidden.flatten(0, 1).to(device)
+    known = states.measure(packed, table, center=True, norm_range=(0.0, math.inf))
+    (chunk,) = table.chunks
+    rows = rounding.Rows(
+        torch.full((chunk.places, table.row_bytes), 55, dtype=torch.int8, device=device),
+        torch.full((chunk.places,), -1.0, device=device),
+    )
+    rounding.round_states(packed, known.center, known.group_norm, chunk, rows)
+    stretches = [dict(zip(_C.COLUMNS["stretch"], r, strict=True)) for r in plan["stretches"]]
+    assert len(stretches) == 4
+    for group, given in enumerate(hidden.float()):
+        row, scale, center = (torch.from_numpy(a) for a in _C.int8_rows(given.numpy()))
+        assert torch.equal(known.center[group].cpu(), center)
+        assert (scale == 0).sum() == (68 if group else 0)
+        for stretch in stretches[2 * group : 2 * group + 2]:
+            assert stretch["group"] == group
+            place = slice(stretch["place"], stretch["place"] + stretch["tokens"])
+            begin = stretch["token"] - 70 * group
+            token = slice(begin, begin + stretch["tokens"])
+            assert torch.equal(rows.row[place].cpu(), row[token])
+            assert torch.equal(rows.scale[place].cpu(), scale[token])
+
+
+def test_second_look_changes_no_bit_with_pruning() -> None:
+    """From int8 rows: pruned and not; a rollout without an opposing set keeps what it had."""
+    given = {
+        "hidden": torch.cat(Text(200, 70).rollouts(30, 25, 21, 18)),
+        "cu_seqlens": torch.tensor([0, 30, 55, 76, 94]),
+        "group_ids": torch.tensor([3, 3, 3, 4]),
+        "labels": torch.tensor([1, 0, 0, 1]),
+    }
+    config = SpanConfig(span=16, stride=7)
+    pruned = span_distances("triton", given, config=config)
+    whole = span_distances("triton", given, config=config, prune=False)
+    assert pruned.pairs.solved < whole.pairs.solved == whole.pairs.total
+    for name in ("distance", "nearest", "residual", "iterations"):
+        assert torch.equal(getattr(pruned, name), getattr(whole, name)), name
+    assert (pruned.nearest < 0).any()
+    assert pruned.distance[pruned.nearest < 0].isinf().all()
+    wanted = span_distances("cpu", given, config=config)
+    torch.testing.assert_close(pruned.distance, wanted.distance, rtol=2e-3, atol=0)
 
 
 def test_rules_are_those_of_solve_h(device: torch.device) -> None:

@@ -14,10 +14,11 @@ pytestmark = [
 ]
 
 KERNELS = {
-    "sq_norm_kernel", "rollout_norm_kernel", "group_norm_kernel", "sum_kernel", "center_kernel",
-    "centered_kernel", "centered_sq_norm_kernel", "token_cost_kernel", "repair_kernel",
-    "windows_kernel", "means_kernel", "solve_kernel", "nearest_kernel", "unit_kernel",
-    "cosine_kernel", "token_weights_kernel",
+    "sq_norm_kernel", "rollout_norm_kernel", "group_norm_kernel", "count_kernel",
+    "center_sum_kernel", "center_kernel", "centered_sq_norm_kernel", "round_kernel",
+    "token_cost_kernel", "repair_kernel", "windows_kernel", "means_kernel", "solve_kernel",
+    "nearest_kernel", "pairs_kernel", "keep_kernel", "sum_kernel", "unit_kernel", "cosine_kernel",
+    "token_weights_kernel",
 }  # fmt: skip
 
 
@@ -43,8 +44,8 @@ def test_every_kernel_compiles(target: str) -> None:
     for variant, loop in solver.items():
         assert loop["multiplies_with"] == "FFMA", variant
         assert loop["spills"] == 0, variant
-    half = [loop for (_, v), loop in loops.items() if "CENTER=False, HALF=False" in v]
-    assert half
-    for loop in half:  # bfloat16 products: on tensor cores, nothing spilled
-        assert loop["multiplies_with"] == ("HGMMA" if target == "sm_90" else "HMMA")
+    rounded = [loop for (_, v), loop in loops.items() if "ROUNDED=True" in v]
+    assert rounded
+    for loop in rounded:  # int8 products: on tensor cores, nothing spilled
+        assert loop["multiplies_with"] == ("IGMMA" if target == "sm_90" else "IMMA")
         assert loop["spills"] == 0

@@ -25,6 +25,20 @@ std::vector<Window> windows_of(const Problem& problem, const Block& block) {
 
 }  // namespace
 
+float bound_of(const Kernels& kernels, const float* costs, int64_t ld, int64_t n, int64_t m,
+               float* scratch) {
+  const Window row{0, m};
+  double r = 0, q = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    float lowest;
+    kernels.window_min(costs + i * ld, &row, 1, &lowest);
+    r += lowest;
+  }
+  kernels.column_min(costs, ld, n, m, scratch);
+  for (int64_t j = 0; j < m; ++j) q += scratch[j];
+  return static_cast<float>(std::max(r / static_cast<double>(n), q / static_cast<double>(m)));
+}
+
 // For every row token and column span: the smallest cost, or for mmd the sum of similarities.
 void Pipeline::row_windows(const Chunk& chunk, float* costs, float* windows) const {
   const Stage stage("shear::bounds");

@@ -14,6 +14,7 @@ void Pipeline::span_means() {
   const int64_t dim = states_.dim;
   unit_mean_.resize(problem_.spans.size() * dim);
   unit_sq_norm_.resize(problem_.spans.size());
+  const std::vector<float> origin(dim);
   workers_.run(static_cast<int64_t>(problem_.spans.size()), [&](int64_t s, float*) {
     const Span& span = problem_.spans[s];
     if (problem_.rollouts[span.rollout].group < 0) return;
@@ -22,7 +23,8 @@ void Pipeline::span_means() {
     const double norm = std::sqrt(std::inner_product(mean.begin(), mean.end(), mean.begin(), 0.));
     for (int64_t k = 0; k < dim; ++k)
       unit_mean_[s * dim + k] = norm > 0 ? static_cast<float>(mean[k] / norm) : 0.f;
-    unit_sq_norm_[s] = kernels_.squared_norm({unit_mean_.data(), Dtype::kFloat32, dim}, s, nullptr);
+    unit_sq_norm_[s] =
+        kernels_.squared_norm({unit_mean_.data(), Dtype::kFloat32, dim}, s, origin.data());
   });
 }
 
@@ -65,17 +67,16 @@ void Pipeline::self_similarities() {
     const int64_t group = problem_.rollouts[span.rollout].group, n = span.size();
     if (group < 0 || !has_scale(group)) return;
     float* costs = scratch + kPanelFloats;
-    for (const Tile& tile : tiles_of(n, n))
-      kernels_.token_cost({.states = states_,
-                           .row = span.begin + tile.row,
-                           .rows = tile.rows,
-                           .col = span.begin + tile.col,
-                           .cols = tile.cols,
-                           .center = center(group),
-                           .sq_norm = sq_norm_.data(),
-                           .out = costs + tile.row * n + tile.col,
-                           .ld = n,
-                           .scratch = scratch});
+    costs_of({.states = states_,
+              .row = span.begin,
+              .rows = n,
+              .col = span.begin,
+              .cols = n,
+              .center = &center_[group * states_.dim],
+              .sq_norm = sq_norm_.data(),
+              .out = costs,
+              .ld = n,
+              .scratch = scratch});
     kernels_.rbf(costs, n * n, static_cast<float>(group_norm_[group]));
     double total = 0;  // summed like those of two spans, so that equal spans cancel exactly
     for (int64_t i = 0; i < n; ++i) {

@@ -21,7 +21,22 @@ Pipeline::Pipeline(const States& states, const Problem& problem, const Config& c
   measure_norms();
 }
 
-void Pipeline::token_costs(const Chunk& chunk, float* costs) const {
+// From int8 rows if there are any; all in one task.
+void Pipeline::costs_of(const CostTile& whole) const {
+  for (const Tile& part : tiles_of(whole.rows, whole.cols)) {
+    CostTile tile = whole;
+    tile.row += part.row;
+    tile.rows = part.rows;
+    tile.col += part.col;
+    tile.cols = part.cols;
+    tile.row_rows = rows_from(whole.row_rows, part.row);
+    tile.col_rows = rows_from(whole.col_rows, part.col);
+    tile.out += part.row * whole.ld + part.col;
+    (tile.row_rows.row ? kernels_.token_cost_int8 : kernels_.token_cost)(tile);
+  }
+}
+
+void Pipeline::token_costs(const Chunk& chunk, const Rows& rows, float* costs) const {
   const Stage stage("shear::token_costs");
   const auto tasks = tiles_of(
       chunk, [](const Block& block) { return std::pair(block.row_tokens, block.col_tokens); });
@@ -29,39 +44,60 @@ void Pipeline::token_costs(const Chunk& chunk, float* costs) const {
     const Block& block = *tasks[task].block;
     const Tile& tile = tasks[task].tile;
     if (!has_scale(block.group)) return;
-    kernels_.token_cost({.states = states_,
-                         .row = block.row_token + tile.row,
-                         .rows = tile.rows,
-                         .col = block.col_token + tile.col,
-                         .cols = tile.cols,
-                         .center = center(block.group),
-                         .sq_norm = sq_norm_.data(),
-                         .out = costs + block.cost_offset + tile.row * block.ld + tile.col,
-                         .ld = block.ld,
-                         .scratch = scratch});
+    costs_of({.states = states_,
+              .row = block.row_token + tile.row,
+              .rows = tile.rows,
+              .col = block.col_token + tile.col,
+              .cols = tile.cols,
+              .center = &center_[block.group * states_.dim],
+              .sq_norm = sq_norm_.data(),
+              .row_rows = rows_from(rows, block.row_place + tile.row),
+              .col_rows = rows_from(rows, block.col_place + tile.col),
+              .out = costs + block.cost_offset + tile.row * block.ld + tile.col,
+              .ld = block.ld,
+              .scratch = scratch});
   });
 }
 
 void Pipeline::run(float* matrix) {
   counts_ = {.total = plan_.chunks.pairs};
   best_.assign(problem_.spans.size(), 0x7f800000u);  // +inf
-  int64_t cost_floats = 0, row_floats = 0;
+  int64_t cost_floats = 0, row_floats = 0, places = 0;
   for (const Chunk& chunk : plan_.chunks.chunks) {
     cost_floats = std::max(cost_floats, chunk.cost_floats);
     row_floats = std::max(row_floats, chunk.row_floats);
+    places = std::max(places, chunk.places);
   }
-  const Buffer costs = make_buffer(cost_floats), windows = make_buffer(row_floats);
   if (config_.distance == Distance::kCosine)
     span_means();
   else
     center_groups();
   if (config_.distance == Distance::kMmd) self_similarities();
+  look(cost_floats, row_floats, places, matrix);
+  if (plan_.row_bytes > 0) look_again();
+  finish_means();
+  warn_of_stopped(counts_.stopped, counts_.solved, config_.n_iters);
+}
+
+void Pipeline::int8_rows(int8_t* rows, float* scale, float* center) {
+  center_groups();
+  const RowBuffer rounded(plan_.row_bytes, problem_.tokens);
+  round_states({{.group = 0, .token = 0, .tokens = problem_.tokens, .place = 0}}, rounded.rows());
+  std::copy_n(rounded.rows().row, problem_.tokens * plan_.row_bytes, rows);
+  std::copy_n(rounded.rows().scale, problem_.tokens, scale);
+  std::copy(center_.begin(), center_.end(), center);
+}
+
+void Pipeline::look(int64_t cost_floats, int64_t row_floats, int64_t places, float* matrix) {
+  const RowBuffer rounded(plan_.row_bytes, places);
+  const Buffer costs = make_buffer(cost_floats), windows = make_buffer(row_floats);
   for (const Chunk& chunk : plan_.chunks.chunks) {
     Pairs pairs(chunk.pairs);
     if (config_.distance == Distance::kCosine) {
       cosine_distances(chunk, pairs.value.data());
     } else {
-      token_costs(chunk, costs.get());
+      round_states(chunk.stretches, rounded.rows());
+      token_costs(chunk, rounded.rows(), costs.get());
       row_windows(chunk, costs.get(), windows.get());
       bounds(chunk, costs.get(), windows.get(), pairs.value.data());
     }
@@ -72,8 +108,6 @@ void Pipeline::run(float* matrix) {
     collect(chunk, pairs);
     if (matrix) copy_distances(chunk, pairs, matrix);
   }
-  finish_means();
-  warn_of_stopped(counts_.stopped, counts_.solved, config_.n_iters);
 }
 
 void Pipeline::copy_distances(const Chunk& chunk, const Pairs& pairs, float* matrix) const {

@@ -110,7 +110,7 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
                       bool check_finite, bool) {
   const Config config =
       make_config({span, stride, reg, n_iters, tol, reg_unit, distance, normalization, pooling,
-                   aggregation, check_finite, /*prune=*/false});
+                   aggregation, check_finite, /*prune=*/false, /*every_pair=*/true});
   const Tensor rows = torch::stable::contiguous(x), cols = torch::stable::contiguous(y);
   const States first = states_of(rows, "x"), second = states_of(cols, "y");
   STD_TORCH_CHECK(first.dtype == second.dtype && first.dim == second.dim,
@@ -158,29 +158,20 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn(const Tensor& cost, const std::optio
   const Workers workers(sinkhorn_scratch(n, m, kWidest).floats);
   workers.run(batch, [&](int64_t b, float* scratch) {
     const float* first = data + b * n * m;
-    const Window row{0, cols[b]};
-    double r = 0, q = 0;
-    for (int64_t i = 0; i < rows[b]; ++i) {
-      float lowest;
-      kernels().window_min(first + i * m, &row, 1, &lowest);
-      r += lowest;
+    for (int64_t i = 0; i < rows[b]; ++i)
       if (!kernels().below(first + i * m, cols[b], most)) finite = false;
-    }
-    kernels().column_min(first, m, rows[b], cols[b], scratch);
-    for (int64_t j = 0; j < cols[b]; ++j) q += scratch[j];
-    const double bound =
-        std::max(r / static_cast<double>(rows[b]), q / static_cast<double>(cols[b]));
-    const Solution out = kernels().sinkhorn({.cost = first,
-                                             .ld = m,
-                                             .n = rows[b],
-                                             .m = cols[b],
-                                             .eps = static_cast<float>(config.reg),
-                                             .n_iters = config.n_iters,
-                                             .tol = static_cast<float>(config.tol),
-                                             .bound = static_cast<float>(bound),
-                                             .goes_on = &Workers::asked,
-                                             .asked = &workers},
-                                            scratch);
+    const Solution out =
+        kernels().sinkhorn({.cost = first,
+                            .ld = m,
+                            .n = rows[b],
+                            .m = cols[b],
+                            .eps = static_cast<float>(config.reg),
+                            .n_iters = config.n_iters,
+                            .tol = static_cast<float>(config.tol),
+                            .bound = bound_of(kernels(), first, m, rows[b], cols[b], scratch),
+                            .goes_on = &Workers::asked,
+                            .asked = &workers},
+                           scratch);
     values[b] = out.distance;
     residuals[b] = out.residual;
     counts[b] = out.iterations;

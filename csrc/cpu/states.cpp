@@ -1,11 +1,15 @@
-// What is measured once per call from the hidden states alone: norms and the groups' mean states.
+// What is measured once per call from the hidden states alone: norms, the groups'
+// centers, int8 rows.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 
 #include "cpu/pipeline.h"
+#include "rounding.h"
+#include "stage.h"
 #include "token_cost.h"
 
 namespace shear::cpu {
@@ -31,13 +35,16 @@ bool is_zero(const States& states, int64_t token) {
 
 void Pipeline::measure_norms() {
   norm_.resize(problem_.tokens);
+  exponent_.resize(problem_.tokens);
   const int64_t tasks = (problem_.tokens + kTokensPerTask - 1) / kTokensPerTask;
   workers_.run(tasks, [&](int64_t task, float*) {
     const int64_t end = std::min(problem_.tokens, (task + 1) * kTokensPerTask);
     for (int64_t t = task * kTokensPerTask; t < end; ++t) {
-      const float norm = std::sqrt(kernels_.squared_norm(states_, t, nullptr));
+      const Magnitude of_state = kernels_.magnitude(states_, t);
+      const float norm = std::sqrt(of_state.squared);
       norm_[t] = norm > 0 || is_zero(states_, t) ? norm : kFaintNorm;
       if (!(norm < kMostNorm)) norm_[t] = std::numeric_limits<float>::quiet_NaN();
+      exponent_[t] = static_cast<uint8_t>(exponent_of(std::bit_cast<uint32_t>(of_state.largest)));
     }
   });
   if (config_.check_finite)
@@ -85,45 +92,74 @@ double Pipeline::eps(int64_t group) const {
   return config_.reg_unit == RegUnit::kCost ? config_.reg : config_.reg * group_norm_[group];
 }
 
-// Distances do not change when the group's mean state is taken off, but the product loses less to
-// cancellation.
+// The biased exponent that the largest entries of tokens of the group's mean stay below.
+int Pipeline::center_limit_of(const Group& group) const {
+  int64_t counts[kExponents] = {}, tokens = 0;
+  for (const auto* side : {&group.correct, &group.incorrect})
+    for (const int64_t i : *side) {
+      const Rollout& rollout = problem_.rollouts[i];
+      for (int64_t t = rollout.begin; t < rollout.end; ++t) ++counts[exponent_[t]];
+      tokens += rollout.tokens();
+    }
+  int median = 0;
+  for (int64_t below = counts[0]; 2 * below < tokens; below += counts[++median]) {
+  }
+  return center_limit(median);
+}
+
+// Distances do not change when a center is taken off, but rounding and cancellation cost less.
 void Pipeline::center_groups() {
+  const auto groups = static_cast<int64_t>(problem_.groups.size());
   const int64_t slices = (states_.dim + kDimsPerTask - 1) / kDimsPerTask;
-  center_.resize(problem_.groups.size() * states_.dim);
-  workers_.run(static_cast<int64_t>(problem_.groups.size()) * slices, [&](int64_t task, float*) {
+  std::vector<int> limits(groups);
+  workers_.run(groups, [&](int64_t g, float*) { limits[g] = center_limit_of(problem_.groups[g]); });
+  center_.resize(groups * states_.dim);
+  workers_.run(groups * slices, [&](int64_t task, float*) {
     const int64_t g = task / slices, begin = task % slices * kDimsPerTask;
     const int64_t end = std::min(states_.dim, begin + kDimsPerTask);
-    double sums[kDimsPerTask] = {};
-    int64_t tokens = 0;
+    const int scale = center_scale_exponent(limits[g]);
+    int64_t sums[kDimsPerTask] = {}, tokens = 0;
     for (const auto* side : {&problem_.groups[g].correct, &problem_.groups[g].incorrect})
-      for (const int64_t i : *side) {
-        const Rollout& rollout = problem_.rollouts[i];
-        kernels_.add_states(states_, rollout.begin, rollout.end - rollout.begin, begin, end, sums);
-        tokens += rollout.end - rollout.begin;
-      }
+      for (const int64_t i : *side)
+        for (int64_t t = problem_.rollouts[i].begin; t < problem_.rollouts[i].end; ++t) {
+          if (exponent_[t] >= limits[g]) continue;
+          kernels_.add_rounded(states_, t, begin, end, std::ldexp(1.f, scale), sums);
+          ++tokens;
+        }
     for (int64_t k = begin; k < end; ++k)
-      center_[g * states_.dim + k] =
-          static_cast<float>(sums[k - begin] / static_cast<double>(tokens));
+      center_[g * states_.dim + k] = static_cast<float>(
+          std::ldexp(static_cast<double>(sums[k - begin]) / static_cast<double>(tokens), -scale));
   });
-  // products of bfloat16 take the states as they are unless the mean dominates
-  centered_.assign(problem_.groups.size(), 1);
-  if (kernels_.bf16_products && states_.dtype == Dtype::kBFloat16)
-    for (size_t g = 0; g < problem_.groups.size(); ++g) {
-      const float* mean = &center_[g * states_.dim];
-      const double squares = std::inner_product(mean, mean + states_.dim, mean, 0.);
-      centered_[g] = squares > kMeanShare * group_norm_[g] * group_norm_[g];
-    }
   sq_norm_.resize(problem_.tokens);
   workers_.run(static_cast<int64_t>(problem_.rollouts.size()), [&](int64_t i, float*) {
     const Rollout& rollout = problem_.rollouts[i];
     if (rollout.group < 0) return;
     for (int64_t t = rollout.begin; t < rollout.end; ++t)
-      sq_norm_[t] = kernels_.squared_norm(states_, t, center(rollout.group));
+      sq_norm_[t] = kernels_.squared_norm(states_, t, &center_[rollout.group * states_.dim]);
   });
+  signs_.resize(plan_.row_bytes);
+  for (size_t k = 0; k < signs_.size(); ++k)
+    signs_[k] = sign_of_dimension(static_cast<uint32_t>(k));
 }
 
-const float* Pipeline::center(int64_t group) const {
-  return centered_[group] ? &center_[group * states_.dim] : nullptr;
+// The int8 rows of stretches, to `rows`.
+void Pipeline::round_states(const std::vector<Stretch>& stretches, const Rows& rows) const {
+  const Stage stage("shear::states");
+  std::vector<std::pair<const Stretch*, int64_t>> tasks;  // first token
+  for (const Stretch& stretch : stretches)
+    for (int64_t first = 0; first < stretch.tokens; first += kTokensPerTask)
+      tasks.emplace_back(&stretch, first);
+  workers_.run(static_cast<int64_t>(tasks.size()), [&](int64_t task, float* scratch) {
+    const auto [stretch, first] = tasks[task];
+    if (!has_scale(stretch->group)) return;
+    kernels_.round_states({.states = states_,
+                           .token = stretch->token + first,
+                           .count = std::min(kTokensPerTask, stretch->tokens - first),
+                           .center = &center_[stretch->group * states_.dim],
+                           .signs = signs_.data(),
+                           .rows = rows_from(rows, stretch->place + first),
+                           .scratch = scratch});
+  });
 }
 
 }  // namespace shear::cpu

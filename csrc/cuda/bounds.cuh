@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(kThreads) reduce_costs(const Call call) {
   const int strip = static_cast<int>(blockIdx.x) - block.strip_begin;
   const int64_t first = strip * call.strip;
   const int rows = static_cast<int>(min(call.strip, block.row_tokens - first));
+  if (rows <= 0) return;  // of a second look: a span shorter than the longest
   const float* costs = call.costs + block.cost_offset + first * block.ld;
   if (call.column_minima) {
     float* minima = call.minima + block.minima_offset + static_cast<int64_t>(strip) * block.ld;

@@ -20,6 +20,14 @@ struct Counters {
 };
 static_assert(sizeof(Counters) <= kCounterBytes);
 
+// Int8 rows of the chunk's stretches, as csrc/rounding.h makes them.
+struct Rows {
+  int8_t* row;     // (places, depth)
+  float* scale;    // (places): what a step stands for
+  float* sq_norm;  // (places): of the state less the center
+  int64_t depth;   // 0: states are not rounded
+};
+
 struct Call {
   States states;
   int64_t tokens, spans, pairs;  // pairs: of the whole call
@@ -34,6 +42,12 @@ struct Call {
   Counters* counters;
   DeviceSpan* span_table;
   float *norm, *sq_norm;
+  uint8_t* exponent;          // (tokens) biased, of the largest entry
+  unsigned long long* tally;  // rounding.cuh
+  DeviceCenter* centers;
+  float* center;          // (groups, depth)
+  const uint32_t* signs;  // a bit per dimension
+  Rows rows;
   double *rollout_norm, *group_norm;
   uint32_t* best;
   unsigned long long* seed;  // per span: bound and index of the pair with the least bound
@@ -45,6 +59,9 @@ struct Call {
 
   const DeviceBlock* blocks;  // of the chunk
   int32_t n_blocks;
+  const DeviceStretch* stretches;
+  int32_t n_stretches;
+  int64_t places;
   int64_t chunk_pairs, bound_rows;  // bound_rows: of 32 pairs each
 };
 

@@ -71,6 +71,13 @@ SHEAR_MMA(multiply_bfloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f3
 SHEAR_MMA(multiply_float16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 SHEAR_MMA(multiply_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef SHEAR_MMA
+__device__ __forceinline__ void multiply_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // Nearest number with 11 significant bits, as a word.
 __device__ __forceinline__ uint32_t round_to_tf32(float x) {

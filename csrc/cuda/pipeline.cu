@@ -1,12 +1,15 @@
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cuda/batch.cuh"
 #include "cuda/bounds.cuh"
 #include "cuda/nearest.cuh"
 #include "cuda/pipeline.h"
 #include "cuda/queue.cuh"
+#include "cuda/rounding.cuh"
+#include "cuda/second_look.cuh"
 #include "cuda/solve.cuh"
 #include "cuda/states.cuh"
 #include "cuda/token_weights.cuh"
@@ -27,6 +30,19 @@ T* at(void* workspace, int64_t offset) {
 bool has_vectors(const void* states, Dtype dtype, int64_t dim) {
   const int64_t bytes = dim * (dtype == Dtype::kFloat32 ? 4 : 2);
   return bytes % 16 == 0 && reinterpret_cast<uintptr_t>(states) % 16 == 0;
+}
+
+// Calls launch with the type as a constant.
+template <typename Launch>
+void by_dtype(Dtype dtype, const Launch& launch) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return launch(std::integral_constant<Dtype, Dtype::kFloat32>{});
+    case Dtype::kFloat16:
+      return launch(std::integral_constant<Dtype, Dtype::kFloat16>{});
+    case Dtype::kBFloat16:
+      return launch(std::integral_constant<Dtype, Dtype::kBFloat16>{});
+  }
 }
 
 }  // namespace
@@ -59,6 +75,15 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
   c.span_table = at<DeviceSpan>(workspace, w.spans);
   c.norm = at<float>(workspace, w.norm);
   c.sq_norm = at<float>(workspace, w.sq_norm);
+  c.exponent = at<uint8_t>(workspace, w.exponent);
+  c.tally = at<unsigned long long>(workspace, w.tally);
+  c.centers = at<DeviceCenter>(workspace, w.centers);
+  c.center = at<float>(workspace, w.center);
+  c.signs = at<uint32_t>(workspace, w.signs);
+  c.rows = {.row = at<int8_t>(workspace, w.row),
+            .scale = at<float>(workspace, w.scale),
+            .sq_norm = at<float>(workspace, w.row_sq_norm),
+            .depth = plan.row_bytes};
   c.rollout_norm = at<double>(workspace, w.rollout_norm);
   c.group_norm = at<double>(workspace, w.group_norm);
   c.best = at<uint32_t>(workspace, w.best);
@@ -72,6 +97,9 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
   c.iterations = at<int32_t>(workspace, w.iterations);
   c.order = at<uint32_t>(workspace, w.order);
   blocks_ = at<DeviceBlock>(workspace, w.blocks);
+  stretches_ = at<DeviceStretch>(workspace, w.stretches);
+  look_counters_ = at<Counters>(workspace, w.look_counters);
+  look_blocks_ = at<DeviceBlock>(workspace, w.look_blocks);
   scratch_ = at<float>(workspace, w.scratch);
 
   const auto upload = [&](int64_t offset, const auto& table) {
@@ -82,29 +110,36 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
   upload(w.groups, plan.groups);
   upload(w.members, plan.members);
   upload(w.blocks, plan.blocks);
+  upload(w.stretches, plan.stretches);
+  upload(w.signs, plan.signs);
 }
 
 void Pipeline::measure_states() const {
   const Stage stage("shear::states");
   stream_.launch("begin_call", begin_call, threads_for(std::max<int64_t>(1, call_.spans)), call_);
-  const Grid grid = warps_for(call_.tokens);
-  switch (dtype_) {
-    case Dtype::kFloat32:
-      stream_.launch("measure_norms", measure_norms<Dtype::kFloat32>, grid, call_);
-      break;
-    case Dtype::kFloat16:
-      stream_.launch("measure_norms", measure_norms<Dtype::kFloat16>, grid, call_);
-      break;
-    case Dtype::kBFloat16:
-      stream_.launch("measure_norms", measure_norms<Dtype::kBFloat16>, grid, call_);
-      break;
-  }
+  by_dtype(dtype_, [&](auto dtype) {
+    stream_.launch("measure_norms", measure_norms<decltype(dtype)::value>, warps_for(call_.tokens),
+                   call_);
+  });
   stream_.launch("mean_rollout_norms", mean_rollout_norms, {call_.n_rollouts, kThreads}, call_);
   stream_.launch("mean_group_norms", mean_group_norms, threads_for(call_.n_groups), call_);
+  if (plan_.row_bytes > 0) center_groups();
 }
 
-void Pipeline::solve(const Call& call) const {
-  const Stage stage("shear::solve");
+void Pipeline::center_groups() const {
+  stream_.launch("begin_tally", begin_tally,
+                 threads_for(call_.n_groups * (kExponents + call_.rows.depth)), call_);
+  stream_.launch("count_exponents", count_exponents, {call_.n_rollouts, kThreads}, call_);
+  stream_.launch("choose_centers", choose_centers, {call_.n_groups, kThreads}, call_);
+  by_dtype(dtype_, [&](auto dtype) {
+    stream_.launch("add_states", add_states<decltype(dtype)::value>,
+                   {(call_.tokens + kTokensPerSum - 1) / kTokensPerSum, kThreads}, call_);
+  });
+  stream_.launch("divide_sums", divide_sums, threads_for(call_.n_groups * call_.rows.depth), call_);
+}
+
+// Of all pairs of the chunk at hand, none pruned.
+SolveArgs Pipeline::solve_args(const Call& call) const {
   SolveArgs args{};
   args.table = {.blocks = call.blocks,
                 .n_blocks = call.n_blocks,
@@ -116,14 +151,26 @@ void Pipeline::solve(const Call& call) const {
   args.pairs = call.chunk_pairs;
   args.n_iters = static_cast<int32_t>(config_.n_iters);
   args.tol = static_cast<float>(config_.tol);
-  args.prune = config_.prune;
-  args.best = call.best;
   args.value = call.value;
   args.residual = call.residual;
   args.iterations = call.iterations;
   args.counts = call.counters->counts;
   args.scratch = scratch_;
   args.scratch_floats = plan_.solver.scratch_floats;
+  args.next = &call.counters->taken;
+  return args;
+}
+
+void Pipeline::bounds(const Call& call, int64_t strips) const {
+  stream_.launch("reduce_costs", reduce_costs, {strips, kThreads}, call);
+  stream_.launch("bound_pairs", bound_pairs, warps_for(call.bound_rows), call);
+}
+
+void Pipeline::solve(const Call& call) const {
+  const Stage stage("shear::solve");
+  SolveArgs args = solve_args(call);
+  args.prune = config_.prune;
+  args.best = call.best;
   if (config_.prune) {
     args.order = call.order;
     args.queued = &call.counters->seeds;
@@ -133,8 +180,8 @@ void Pipeline::solve(const Call& call) const {
     stream_.launch("count_survivors", count_survivors, threads_for(call.chunk_pairs), call);
     stream_.launch("queue_survivors", queue_survivors, threads_for(call.chunk_pairs), call);
     args.queued = &call.counters->queued;
+    args.next = &call.counters->taken;
   }
-  args.next = &call.counters->taken;
   launch_solver(stream_, plan_.solver, args);
 }
 
@@ -146,15 +193,27 @@ void Pipeline::run(float* matrix) const {
     call.n_blocks = static_cast<int32_t>(chunk.blocks);
     call.chunk_pairs = chunk.pairs;
     call.bound_rows = chunk.bound_rows;
+    call.stretches = stretches_ + chunk.stretch_begin;
+    call.n_stretches = static_cast<int32_t>(chunk.stretches);
+    call.places = chunk.places;
     stream_.launch("begin_chunk", begin_chunk, threads_for(call.spans), call);
+    const bool rounded = plan_.row_bytes > 0;
+    if (rounded) {
+      const Stage stage("shear::states");
+      by_dtype(dtype_, [&](auto dtype) {
+        stream_.launch("round_states", round_states<decltype(dtype)::value>,
+                       warps_for(chunk.places), call);
+      });
+    }
     {
       const Stage stage("shear::token_costs");
-      launch_token_costs(stream_, call, dtype_, plan_.large_tiles, chunk.cost_tiles);
+      launch_token_costs(
+          stream_, call, dtype_,
+          {.rounded = rounded, .large = plan_.large_tiles, .tiles = chunk.cost_tiles});
     }
     {
       const Stage stage("shear::bounds");
-      stream_.launch("reduce_costs", reduce_costs, {chunk.strips, kThreads}, call);
-      stream_.launch("bound_pairs", bound_pairs, warps_for(chunk.bound_rows), call);
+      bounds(call, chunk.strips);
     }
     if (config_.distance == Distance::kSinkhorn) solve(call);
     const Stage stage("shear::nearest_spans");
@@ -167,6 +226,27 @@ void Pipeline::run(float* matrix) const {
                                 .cols = problem_.rollouts[1].span_end - rows,
                                 .first_col = rows});
     }
+  }
+  if (plan_.row_bytes > 0) look_again();
+}
+
+void Pipeline::look_again() const {
+  const Stage stage("shear::second_look");
+  const SecondLook& look = plan_.look;
+  for (int64_t first = 0; first < look.spans; first += look.batch) {
+    const int64_t count = std::min(look.batch, look.spans - first);
+    Call call = call_;
+    call.counters = look_counters_;
+    call.blocks = look_blocks_;
+    call.n_blocks = static_cast<int32_t>(count);
+    call.chunk_pairs = call.bound_rows = count;
+    const LookArgs args{.call = call, .plan = look, .first = first, .blocks = look_blocks_};
+    stream_.launch("begin_look", begin_look, threads_for(count), args);
+    launch_token_costs(stream_, call, dtype_,
+                       {.rounded = false, .large = false, .tiles = count * look.cost_tiles});
+    bounds(call, count * look.strips);
+    launch_solver(stream_, plan_.solver, solve_args(call));
+    stream_.launch("end_look", end_look, threads_for(count), args);
   }
 }
 

@@ -1,6 +1,6 @@
-// The steps of one call on a GPU: token costs -> bounds -> sinkhorn -> nearest spans -> token
-// weights. Every count stays on the device: from the first kernel to the last the host only
-// launches.
+// The steps of one call on a GPU: token costs -> bounds -> sinkhorn -> nearest spans, a second look
+// at these -> token weights. Every count stays on the device: from the first kernel to the last the
+// host only launches.
 #pragma once
 #include "cuda/call.cuh"
 #include "cuda/launch.h"
@@ -9,9 +9,13 @@ namespace shear::cuda {
 
 struct SolveArgs;  // solve.cuh
 
+struct CostLaunch {
+  bool rounded;  // products of int8 rows
+  bool large;    // tiles
+  int64_t tiles;
+};
 // Kernels in files of their own.
-void launch_token_costs(const Stream& stream, const Call& call, Dtype dtype, bool large,
-                        int64_t tiles);
+void launch_token_costs(const Stream& stream, const Call& call, Dtype dtype, const CostLaunch& how);
 void launch_solver(const Stream& stream, const SolverPlan& plan, const SolveArgs& args);
 
 class Pipeline {
@@ -33,7 +37,11 @@ class Pipeline {
 
  private:
   void measure_states() const;
+  void center_groups() const;
+  SolveArgs solve_args(const Call& call) const;
+  void bounds(const Call& call, int64_t strips) const;
   void solve(const Call& call) const;
+  void look_again() const;
 
   const Stream& stream_;
   const Problem& problem_;
@@ -41,7 +49,10 @@ class Pipeline {
   const DevicePlan& plan_;
   const Dtype dtype_;
   Call call_;
-  const DeviceBlock* blocks_;  // of all chunks
+  const DeviceBlock* blocks_;       // of all chunks
+  const DeviceStretch* stretches_;  // likewise
+  Counters* look_counters_;
+  DeviceBlock* look_blocks_;
   float* scratch_;
 };
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/tiles.h"
+#include "rounding.h"
 #include "spans.h"
 
 namespace shear::cuda {
@@ -12,6 +13,8 @@ namespace {
 
 // Of a pair: value, residual, iterations, order.
 constexpr Budget kBudget{.chunk_bytes = kDeviceChunkBytes, .bytes_per_pair = 16};
+// Of the pairs that get a second look together: thousands of the paper's.
+constexpr int64_t kLookBytes = std::min(kBudget.chunk_bytes, int64_t{128} << 20);
 constexpr int64_t kScratchBytes = int64_t{96} << 20;  // where K of wide pairs is in global memory
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,6 +61,7 @@ void append_rollouts(const Problem& problem, DevicePlan* out) {
       out->members.insert(out->members.end(), side->begin(), side->end());
     out->groups.push_back({.member_begin = first, .member_end = narrow(out->members.size())});
   }
+  int64_t looks = 0;
   for (size_t i = 0; i < problem.rollouts.size(); ++i) {
     const Rollout& rollout = problem.rollouts[i];
     out->rollouts.push_back({.begin = rollout.begin,
@@ -66,7 +70,9 @@ void append_rollouts(const Problem& problem, DevicePlan* out) {
                              .spans = narrow(rollout.spans()),
                              .group = narrow(rollout.group),
                              .correct = correct[i],
-                             .tile_begin = narrow(out->span_tiles)});
+                             .tile_begin = narrow(out->span_tiles),
+                             .look_begin = narrow(looks)});
+    if (rollout.group >= 0) looks += rollout.spans();
     out->span_tiles += ceil_div(rollout.spans(), kSpansPerCta);
   }
 }
@@ -80,7 +86,13 @@ int64_t append_chunks(DevicePlan* out) {
                       .cost_tiles = 0,
                       .strips = 0,
                       .bound_rows = 0,
-                      .pairs = chunk.pairs};
+                      .pairs = chunk.pairs,
+                      .stretch_begin = static_cast<int64_t>(out->stretches.size()),
+                      .stretches = static_cast<int64_t>(chunk.stretches.size()),
+                      .places = chunk.places};
+    for (const Stretch& stretch : chunk.stretches)
+      out->stretches.push_back(
+          {.token = stretch.token, .place = narrow(stretch.place), .group = narrow(stretch.group)});
     int64_t minima = 0;
     for (const Block& block : chunk.blocks) {
       const int64_t strips = ceil_div(block.row_tokens, out->strip);
@@ -98,6 +110,8 @@ int64_t append_chunks(DevicePlan* out) {
                              .col_spans = narrow(block.col_spans),
                              .ld = narrow(block.ld),
                              .group = narrow(block.group),
+                             .row_place = narrow(block.row_place),
+                             .col_place = narrow(block.col_place),
                              .tile_begin = narrow(sizes.cost_tiles),
                              .strip_begin = narrow(sizes.strips),
                              .bound_begin = narrow(sizes.bound_rows)});
@@ -111,6 +125,32 @@ int64_t append_chunks(DevicePlan* out) {
     out->chunks.push_back(sizes);
   }
   return most;
+}
+
+// For spans of at most (rows, cols) tokens.
+SecondLook plan_second_look(int64_t rows, int64_t cols, const DevicePlan& plan) {
+  SecondLook out;
+  for (const DeviceRollout& rollout : plan.rollouts)
+    if (rollout.group >= 0) out.spans += rollout.spans;
+  if (out.spans == 0) return out;
+  out.ld = ceil_div(cols, kCostPad) * kCostPad;
+  out.strips = ceil_div(rows, plan.strip);
+  out.cost_floats = rows * out.ld;
+  out.window_floats = rows;
+  if (plan.column_minima) out.minima_floats = out.strips * out.ld;
+  out.cost_tiles = ceil_div(rows, SmallCostTile::kRows) * ceil_div(cols, SmallCostTile::kCols);
+  const int64_t bytes = 4 * (out.cost_floats + out.window_floats + out.minima_floats) +
+                        kBudget.bytes_per_pair + static_cast<int64_t>(sizeof(DeviceBlock));
+  out.batch = std::clamp<int64_t>(kLookBytes / bytes, 1, out.spans);
+  return out;
+}
+
+// A bit per dimension.
+std::vector<uint32_t> signs_of_row(int64_t depth) {
+  std::vector<uint32_t> out(depth / 32);
+  for (int64_t k = 0; k < depth; ++k)
+    out[k / 32] |= sign_of_dimension(static_cast<uint32_t>(k)) >> 31 << k % 32;
+  return out;
 }
 
 }  // namespace
@@ -140,20 +180,23 @@ SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pair
   return out;
 }
 
-DevicePlan make_device_plan(const Problem& problem, const Config& config, const Device& device) {
+DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
+                            const Device& device) {
   DevicePlan out{};
-  out.plan = make_chunks(problem, config, kBudget);
+  out.row_bytes = row_bytes(config, dim);
+  out.plan = make_chunks(problem, config, out.row_bytes, kBudget);
   out.column_minima = config.stride >= kLeastStrip;
   out.strip = std::max(config.stride, kLeastStrip);
   out.large_tiles = prefers_large_tiles(out.plan);
   append_rollouts(problem, &out);
-  const int64_t minima = append_chunks(&out);
+  int64_t minima = append_chunks(&out);
 
-  int64_t costs = 0, windows = 0, pairs = 0;
+  int64_t costs = 0, windows = 0, pairs = 0, places = 0;
   for (const Chunk& chunk : out.plan.chunks) {
     costs = std::max(costs, chunk.cost_floats);
     windows = std::max(windows, chunk.row_floats);
     pairs = std::max(pairs, chunk.pairs);
+    places = std::max(places, chunk.places);
   }
   if (config.distance == Distance::kSinkhorn && pairs > 0) {
     int64_t rows = 0, cols = 0;
@@ -164,27 +207,49 @@ DevicePlan make_device_plan(const Problem& problem, const Config& config, const 
       most = std::max(most, span.size());
     }
     out.solver = plan_solver(longest_span(INT32_MAX, config.span), rows, cols, pairs, device);
+    if (out.row_bytes > 0) out.look = plan_second_look(rows, cols, out);
   }
 
   Workspace& w = out.workspace;
   const auto spans = static_cast<int64_t>(problem.spans.size());
   const auto batch = static_cast<int64_t>(problem.rollouts.size());
   const auto groups = static_cast<int64_t>(problem.groups.size());
+  const bool rounded = out.row_bytes > 0;
+  if (rounded) {
+    out.signs = signs_of_row(out.row_bytes);
+    // 64-bit integers, which are gone when the first costs are written
+    costs = std::max(costs, 2 * groups * (kExponents + out.row_bytes));
+    costs = std::max(costs, out.look.batch * out.look.cost_floats);
+    windows = std::max(windows, out.look.batch * out.look.window_floats);
+    minima = std::max(minima, out.look.batch * out.look.minima_floats);
+    pairs = std::max(pairs, out.look.batch);
+  }
   place<DeviceRollout>(&w.rollouts, batch, &w.bytes);
   place<DeviceGroup>(&w.groups, groups, &w.bytes);
   place<int32_t>(&w.members, static_cast<int64_t>(out.members.size()), &w.bytes);
   place<DeviceBlock>(&w.blocks, static_cast<int64_t>(out.blocks.size()), &w.bytes);
+  place<DeviceStretch>(&w.stretches, static_cast<int64_t>(out.stretches.size()), &w.bytes);
+  place<uint32_t>(&w.signs, static_cast<int64_t>(out.signs.size()), &w.bytes);
   w.tables = w.bytes;
   place<char>(&w.counters, kCounterBytes, &w.bytes);
   place<DeviceSpan>(&w.spans, spans, &w.bytes);
   place<float>(&w.norm, problem.tokens, &w.bytes);
   place<float>(&w.sq_norm, problem.tokens, &w.bytes);
+  place<uint8_t>(&w.exponent, rounded ? problem.tokens : 0, &w.bytes);
   place<double>(&w.rollout_norm, batch, &w.bytes);
   place<double>(&w.group_norm, groups, &w.bytes);
   place<uint32_t>(&w.best, spans, &w.bytes);
   place<uint64_t>(&w.seed, spans, &w.bytes);
   place<DeviceNearest>(&w.nearest, spans, &w.bytes);
+  place<DeviceCenter>(&w.centers, rounded ? groups : 0, &w.bytes);
+  place<float>(&w.center, groups * out.row_bytes, &w.bytes);
+  place<int8_t>(&w.row, places * out.row_bytes, &w.bytes);
+  place<float>(&w.scale, places, &w.bytes);
+  place<float>(&w.row_sq_norm, places, &w.bytes);
+  place<char>(&w.look_counters, rounded ? kCounterBytes : 0, &w.bytes);
+  place<DeviceBlock>(&w.look_blocks, out.look.batch, &w.bytes);
   place<float>(&w.costs, costs, &w.bytes);
+  w.tally = w.costs;
   place<float>(&w.windows, windows, &w.bytes);
   place<float>(&w.minima, minima, &w.bytes);
   place<float>(&w.value, pairs, &w.bytes);

@@ -22,6 +22,7 @@ struct DeviceRollout {
   int32_t group;       // -1: no opposing set
   int32_t correct;     // its spans are rows of blocks
   int32_t tile_begin;  // kSpansPerCta spans each
+  int32_t look_begin;  // spans with an opposing set before its own
 };
 struct DeviceGroup {
   int32_t member_begin, member_end;
@@ -33,8 +34,19 @@ struct DeviceBlock {
   int32_t row_tokens, col_tokens;
   int32_t row_span, row_spans, col_span, col_spans;
   int32_t ld, group;
+  int32_t row_place, col_place;  // int8 rows of its first tokens
   // position of its first tile of costs, strip of rows, and row of 32 pairs in the chunk
   int32_t tile_begin, strip_begin, bound_begin;
+};
+// Consecutive tokens whose int8 rows a chunk has, from `place` on.
+struct DeviceStretch {
+  int64_t token;
+  int32_t place, group;
+};
+// The tokens that a group's center is the mean of: how many, and what their exponents stay below.
+struct DeviceCenter {
+  int64_t tokens;
+  int32_t limit;
 };
 struct DeviceSpan {
   int64_t begin;
@@ -51,6 +63,17 @@ struct DeviceNearest {
 struct DeviceChunk {
   int64_t block_begin, blocks;
   int64_t cost_tiles, strips, bound_rows, pairs;
+  int64_t stretch_begin, stretches, places;
+};
+
+// The second look at every span's nearest span: a block per span, all with the room of the longest
+// spans, since the host does not know which they are.
+struct SecondLook {
+  int64_t spans = 0;  // with an opposing set; 0: no second look
+  int64_t batch = 0;  // that are taken together
+  int64_t ld = 0;     // of a block
+  int64_t cost_floats = 0, window_floats = 0, minima_floats = 0;
+  int64_t cost_tiles = 0, strips = 0;
 };
 
 // Of one launch.
@@ -80,11 +103,16 @@ SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pair
 // Byte offsets into the one allocation of a call.
 struct Workspace {
   int64_t rollouts, groups, members, blocks;   // tables
+  int64_t stretches, signs;                    // tables
   int64_t tables;                              // their bytes, from offset 0 on
-  int64_t spans, norm, sq_norm;                // per span; per token
+  int64_t spans, norm, sq_norm, exponent;      // per span; per token
   int64_t rollout_norm, group_norm;            // means, double
   int64_t best, seed, nearest;                 // per span
   int64_t counters;                            // Counters of call.cuh
+  int64_t centers, center;                     // per group; (groups, depth)
+  int64_t row, scale, row_sq_norm;             // int8 rows of the chunk at hand
+  int64_t tally;                               // where costs are, before there are any
+  int64_t look_counters, look_blocks;          // of the second look
   int64_t costs, windows, minima;              // of the chunk at hand
   int64_t value, residual, iterations, order;  // per pair of it
   int64_t scratch;                             // of the solver
@@ -97,7 +125,11 @@ struct DevicePlan {
   std::vector<DeviceGroup> groups;
   std::vector<int32_t> members;  // rollouts of the groups
   std::vector<DeviceBlock> blocks;
+  std::vector<DeviceStretch> stretches;
   std::vector<DeviceChunk> chunks;
+  int64_t row_bytes;            // of an int8 row; 0: states are not rounded
+  std::vector<uint32_t> signs;  // a bit per dimension of a row
+  SecondLook look;
   SolverPlan solver;
   bool large_tiles;
   int64_t strip;  // rows of a strip: the stride, or a number without column minima
@@ -108,6 +140,7 @@ struct DevicePlan {
 
 constexpr int64_t kCounterBytes = 1024;
 
-DevicePlan make_device_plan(const Problem& problem, const Config& config, const Device& device);
+DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
+                            const Device& device);
 
 }  // namespace shear::cuda

@@ -59,7 +59,7 @@ class Operator {
         problem_(make_problem(read_anywhere(stream_, cu_seqlens, "cu_seqlens"),
                               read_anywhere(stream_, group_ids, "group_ids"),
                               read_anywhere(stream_, labels, "labels"), hidden_.size(0), config_)),
-        plan_(make_device_plan(problem_, config_, stream_.device())),
+        plan_(make_device_plan(problem_, config_, hidden_.size(1), stream_.device())),
         workspace_(new_workspace(hidden_, plan_.workspace.bytes)),
         pipeline_(make_pipeline()) {}
 
@@ -69,7 +69,7 @@ class Operator {
         hidden_(checked(both, "x")),
         stream_(hidden_.get_device_index()),
         problem_(make_pair_problem(rows, hidden_.size(0) - rows, config_)),
-        plan_(make_device_plan(problem_, config_, stream_.device())),
+        plan_(make_device_plan(problem_, config_, hidden_.size(1), stream_.device())),
         workspace_(new_workspace(hidden_, plan_.workspace.bytes)),
         pipeline_(make_pipeline()) {}
 
@@ -185,7 +185,8 @@ Tensor pair_distances(const Tensor& x, const Tensor& y, int64_t span, int64_t st
                       bool check_finite, bool) {
   const Operator op(stacked(x, y), x.size(0),
                     make_config({span, stride, reg, n_iters, tol, reg_unit, distance, normalization,
-                                 pooling, aggregation, check_finite, /*prune=*/false}));
+                                 pooling, aggregation, check_finite, /*prune=*/false,
+                                 /*every_pair=*/true}));
   const int64_t rows = op.problem().rollouts[0].span_end;
   const auto spans = static_cast<int64_t>(op.problem().spans.size());
   Tensor matrix = new_tensor(op.hidden(), {rows, spans - rows}, ScalarType::Float);

@@ -1,4 +1,4 @@
-// Hidden states as numbers: one at a time, 16 bytes at a time, and sums over the dimensions.
+// Hidden states as numbers: one at a time, four, 16 bytes at a time, and sums over the dimensions.
 #pragma once
 #include "cuda/device.h"
 #include "cuda/threads.cuh"
@@ -24,8 +24,7 @@ struct StateWords {
 
   static __device__ __forceinline__ float at(const void* data, int64_t index) {
     if constexpr (kDtype == Dtype::kFloat32) return static_cast<const float*>(data)[index];
-    const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-    return kDtype == Dtype::kFloat16 ? half_value(bits) : bfloat16_value(bits);
+    return value(static_cast<const uint16_t*>(data)[index]);
   }
   static __device__ __forceinline__ void vector_at(const void* data, int64_t index,
                                                    float (&out)[kPerVector]) {
@@ -33,13 +32,35 @@ struct StateWords {
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int k = 0; k < kPerVector; ++k) {
-      if constexpr (kDtype == Dtype::kFloat32) {
+      if constexpr (kDtype == Dtype::kFloat32)
         out[k] = __uint_as_float(word[k]);
-      } else {
-        const auto bits = static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
-        out[k] = kDtype == Dtype::kFloat16 ? half_value(bits) : bfloat16_value(bits);
-      }
+      else
+        out[k] = value(word[k / 2] >> (16 * (k % 2)));
     }
+  }
+  // Four dimensions of a token from k on, a multiple of 4; zeros beyond the last.
+  static __device__ __forceinline__ void four_at(const States& states, int64_t token, int64_t k,
+                                                 float (&out)[4]) {
+    const int64_t index = token * states.dim + k;
+    if (!states.vectors) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) out[v] = k + v < states.dim ? at(states.data, index + v) : 0.f;
+    } else if (k >= states.dim) {
+      out[0] = out[1] = out[2] = out[3] = 0.f;
+    } else if constexpr (kDtype == Dtype::kFloat32) {
+      vector_at(states.data, index, out);
+    } else {
+      const uint2 words = static_cast<const uint2*>(states.data)[index / 4];
+      const uint32_t word[2] = {words.x, words.y};
+#pragma unroll
+      for (int v = 0; v < 4; ++v) out[v] = value(word[v / 2] >> (16 * (v % 2)));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float value(uint32_t word) {
+    const auto bits = static_cast<uint16_t>(word);
+    return kDtype == Dtype::kFloat16 ? half_value(bits) : bfloat16_value(bits);
   }
 };
 

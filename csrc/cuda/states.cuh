@@ -1,6 +1,7 @@
 // What is measured once per call from the hidden states alone: where spans are, norms, their means.
 #pragma once
 #include "cuda/call.cuh"
+#include "rounding.h"
 #include "token_cost.h"
 
 namespace shear::cuda {
@@ -40,8 +41,13 @@ template <Dtype kDtype>
 __global__ void __launch_bounds__(kThreads) measure_norms(const Call call) {
   const int64_t token = global_thread() / kWarp;
   if (token >= call.tokens) return;
-  const double squares = warp_sum(static_cast<double>(
-      sum_over_dims<kDtype>(call.states, token, token, [](float a, float) { return a * a; })));
+  float largest = 0.f;
+  const double squares = warp_sum(
+      static_cast<double>(sum_over_dims<kDtype>(call.states, token, token, [&](float a, float) {
+        largest = fmaxf(largest, fabsf(a));
+        return a * a;
+      })));
+  largest = warp_max(largest);
   // a GPU may flush what is below
   const bool faint = squares < 0x1p-126 && !is_zero<kDtype>(call.states, token);
   if (lane_id() > 0) return;
@@ -49,6 +55,8 @@ __global__ void __launch_bounds__(kThreads) measure_norms(const Call call) {
   const float norm = faint ? kFaintNorm : sqrtf(call.sq_norm[token]);
   const bool bad = !(norm < kMostNorm);
   call.norm[token] = bad ? __uint_as_float(0x7fc00000u) : norm;
+  if (call.rows.depth > 0)
+    call.exponent[token] = static_cast<uint8_t>(exponent_of(__float_as_uint(largest)));
   if (bad) atomicMin(&call.counters->bad_token, static_cast<unsigned long long>(token));
 }
 

@@ -21,6 +21,12 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int d = kWarp / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  return x;
+}
+
 // The sum over the CTA, to every thread, in one fixed order. `room` has a place per warp.
 template <typename T>
 __device__ __forceinline__ T block_sum(T x, T* room) {
@@ -35,8 +41,7 @@ __device__ __forceinline__ T block_sum(T x, T* room) {
 
 // The largest x of the CTA, to every thread.
 __device__ __forceinline__ float block_max(float x, float* room) {
-#pragma unroll
-  for (int d = kWarp / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  x = warp_max(x);
   if (lane_id() == 0) room[warp_id()] = x;
   __syncthreads();
   float most = room[0];

@@ -49,6 +49,9 @@ struct CostTileShape {
   static constexpr int kStages = 4, kRowBytes = 64;
   static constexpr int kStageBytes = (kRows + kCols) * kRowBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  // Whether warps beyond the block do not multiply: a branch in the loop that only small blocks are
+  // worth.
+  static constexpr bool kIdleWarps = kRowWarps * kColWarps <= 4;
 };
 using LargeCostTile = CostTileShape<4, 2>;
 using SmallCostTile = CostTileShape<2, 2>;

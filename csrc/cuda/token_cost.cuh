@@ -1,10 +1,12 @@
-// Hidden states to token costs, all blocks of a chunk in one launch: products of states on the
-// tensor cores, then ||x||^2 + ||y||^2 - 2<x, y>, square root and repair of near-duplicates while
-// the tile is on the chip. Products of bfloat16 and float16 are exact in float32; float32 states
-// are split into two TF32 parts each, of whose four products the three that count are taken. A
-// product accumulates over the dimensions in one order, whatever the tile around it. States are not
-// centred, since they go from memory to the tensor cores as they are: where the mean dominates,
-// near- duplicates are most entries, and their repair costs time, not accuracy.
+// Tokens to token costs, all blocks of a chunk in one launch: products on the tensor cores, then
+// ||x||^2 + ||y||^2 - 2<x, y>, square root and repair of near-duplicates while the tile is on the
+// chip. Products are of int8 rows (csrc/rounding.h), exact in int32, or of the states where these
+// are not rounded and for a second look. Products of bfloat16 and float16 are exact in float32;
+// float32 states are split into two TF32 parts each, of whose four products the three that count
+// are taken. A product accumulates over the dimensions in one order, whatever the tile around it.
+// Int8 rows are of states less their group's center. States as they are go from memory to the
+// tensor cores, not centred: where the mean dominates, near-duplicates are most entries, and their
+// repair costs time, not accuracy.
 #pragma once
 #include <type_traits>
 
@@ -13,8 +15,12 @@
 
 namespace shear::cuda {
 
-template <Dtype kDtype, typename Shape, bool kVectors>
+// kVectors: rows start on 16 bytes; kRounded: they are int8 rows.
+template <Dtype kDtype, typename Shape, bool kVectors, bool kRounded>
 class CostTile {
+  static_assert(kVectors || !kRounded);
+  static constexpr bool kSplit = kDtype == Dtype::kFloat32 && !kRounded;
+  using Sum = std::conditional_t<kRounded, int32_t, float>;
   static constexpr int kStages = Shape::kStages, kRowBytes = Shape::kRowBytes;
   // A thread copies 16 bytes of tokens kReach apart: rows, then columns.
   static constexpr int kParts = kRowBytes / 16, kReach = Shape::kThreads / kParts;
@@ -29,15 +35,16 @@ class CostTile {
         row_(row),
         col_(col),
         shared_(static_cast<unsigned char*>(shared_memory())),
-        bytes_(call.states.dim * StateWords<kDtype>::kBytes),
+        bytes_(kRounded ? call.rows.depth : call.states.dim * StateWords<kDtype>::kBytes),
         warp_row_(warp_id() / Shape::kColWarps * 64),
         warp_col_(warp_id() % Shape::kColWarps * 64) {
     const int token = static_cast<int>(threadIdx.x) / kParts;
     part_ = static_cast<int>(threadIdx.x) % kParts;
     to_ = place(token, part_);
-    const auto* states = static_cast<const unsigned char*>(call.states.data) + part_ * 16;
-    rows_from_ = states + (block.row_token + row + token) * bytes_;
-    cols_from_ = states + (block.col_token + col + token) * bytes_;
+    const int64_t first_row = kRounded ? block.row_place : block.row_token;
+    const int64_t first_col = kRounded ? block.col_place : block.col_token;
+    rows_from_ = tokens() + part_ * 16 + (first_row + row + token) * bytes_;
+    cols_from_ = tokens() + part_ * 16 + (first_col + col + token) * bytes_;
     present_ = 0;
 #pragma unroll
     for (int v = 0; v < kRowVectors + kColVectors; ++v) {
@@ -60,8 +67,10 @@ class CostTile {
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sums_[i][j][k] = 0.f;
+        for (int k = 0; k < 4; ++k) sums_[i][j][k] = 0;
     const int steps = static_cast<int>((bytes_ + kRowBytes - 1) / kRowBytes);
+    const bool busy = !Shape::kIdleWarps || (row_ + warp_row_ < block_.row_tokens &&
+                                             col_ + warp_col_ < block_.col_tokens);
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) fetch(step);
@@ -73,15 +82,17 @@ class CostTile {
       __syncthreads();  // this step's stage has come, and that of the step before is free
       if (step + kStages - 1 < steps) fetch(step + kStages - 1);
       commit_copies();
-      multiply_stage(step % kStages * Shape::kStageBytes);
+      if (busy) multiply_stage(step % kStages * Shape::kStageBytes);
     }
   }
 
   // Products to costs in the block, in two passes: most tiles have no near-duplicates.
   __device__ __forceinline__ void finish() {
     float* out = call_.costs + block_.cost_offset;
-    const float* row_norm = call_.sq_norm + block_.row_token;
-    const float* col_norm = call_.sq_norm + block_.col_token;
+    const float* row_norm =
+        kRounded ? call_.rows.sq_norm + block_.row_place : call_.sq_norm + block_.row_token;
+    const float* col_norm =
+        kRounded ? call_.rows.sq_norm + block_.col_place : call_.sq_norm + block_.col_token;
     bool any = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -90,6 +101,7 @@ class CostTile {
         const int r = row_ + warp_row_ + 16 * i + 8 * high + lane_id() / 4;
         if (r >= block_.row_tokens) continue;
         const float x = row_norm[r];
+        const float step = kRounded ? call_.rows.scale[block_.row_place + r] : 1.f;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -97,8 +109,10 @@ class CostTile {
             const int c = col_ + warp_col_ + 8 * j + 2 * (lane_id() % 4) + k;
             if (c >= block_.col_tokens) continue;
             const float norms = x + col_norm[c];
-            const float squared = fmaf(-2.f, sums_[i][j][2 * high + k], norms);
-            const bool near = squared < kNearDuplicate * norms;
+            const float steps = kRounded ? step * call_.rows.scale[block_.col_place + c] : 1.f;
+            const auto product = static_cast<float>(sums_[i][j][2 * high + k]);
+            const float squared = fmaf(-2.f * steps, product, norms);
+            const bool near = squared < (kRounded ? kNearRounded : kNearDuplicate) * norms;
             any |= near;
             out[static_cast<int64_t>(r) * block_.ld + c] = near ? -1.f : sqrtf(squared);
           }
@@ -110,6 +124,10 @@ class CostTile {
   // Where the `part`th 16 bytes of a token lie in a stage: 8 tokens' parts are in different banks.
   static __device__ __forceinline__ int place(int token, int part) {
     return token * kRowBytes + ((part ^ (token / 2 % 4)) * 16);
+  }
+
+  __device__ __forceinline__ const unsigned char* tokens() const {
+    return static_cast<const unsigned char*>(kRounded ? call_.rows.row : call_.states.data);
   }
 
   // The step's 64 bytes of every token, zeros beyond the last dimension and the last token.
@@ -124,9 +142,7 @@ class CostTile {
                                       ? rows_from_ + v * kReach * bytes_
                                       : cols_from_ + (v - kRowVectors) * kReach * bytes_;
       if constexpr (kVectors) {
-        copy_async_16(to,
-                      present ? from + first : static_cast<const unsigned char*>(call_.states.data),
-                      present ? 16 : 0);
+        copy_async_16(to, present ? from + first : tokens(), present ? 16 : 0);
       } else {
         using Word = typename std::conditional<kDtype == Dtype::kFloat32, uint32_t, uint16_t>::type;
 #pragma unroll
@@ -158,11 +174,11 @@ class CostTile {
   // Of float32 states a TF32 part, and the TF32 part of what it leaves.
   struct Fragment {
     uint32_t word[4];
-    uint32_t rest[kDtype == Dtype::kFloat32 ? 4 : 1];
+    uint32_t rest[kSplit ? 4 : 1];
 
     __device__ __forceinline__ void load(const unsigned char* from) {
       load_matrices(from, word);
-      if constexpr (kDtype == Dtype::kFloat32)
+      if constexpr (kSplit)
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float whole = __uint_as_float(word[k]);
@@ -172,9 +188,11 @@ class CostTile {
     }
   };
 
-  static __device__ __forceinline__ void multiply(float (&c)[4], const Fragment& a,
-                                                  const Fragment& b, int k) {
-    if constexpr (kDtype == Dtype::kBFloat16) {
+  static __device__ __forceinline__ void multiply(Sum (&c)[4], const Fragment& a, const Fragment& b,
+                                                  int k) {
+    if constexpr (kRounded) {
+      multiply_int8(c, a.word, b.word[k], b.word[k + 1]);
+    } else if constexpr (kDtype == Dtype::kBFloat16) {
       multiply_bfloat16(c, a.word, b.word[k], b.word[k + 1]);
     } else if constexpr (kDtype == Dtype::kFloat16) {
       multiply_float16(c, a.word, b.word[k], b.word[k + 1]);
@@ -210,17 +228,17 @@ class CostTile {
   const DeviceBlock& block_;
   const int row_, col_;
   unsigned char* const shared_;
-  const int64_t bytes_;  // of a state
+  const int64_t bytes_;  // of a row
   const int warp_row_, warp_col_;
   const unsigned char *rows_from_, *cols_from_;
   uint32_t present_;  // bit v: the token of vector v is inside the block
   int part_, to_, a_from_[2], b_from_[2];
-  float sums_[4][8][4];
+  Sum sums_[4][8][4];
 };
 
 // A CTA per tile. Tiles of eight rows of tiles are taken column by column, so that those under way
 // share their states in the second-level cache.
-template <Dtype kDtype, typename Shape, bool kVectors>
+template <Dtype kDtype, typename Shape, bool kVectors, bool kRounded>
 __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads)
     token_costs(const Call call) {
   const int b = last_not_after(call.n_blocks, blockIdx.x,
@@ -231,11 +249,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads)
   const int tile = static_cast<int>(blockIdx.x) - block.tile_begin;
   const int tile_rows = (block.row_tokens + Shape::kRows - 1) / Shape::kRows;
   const int tile_cols = (block.col_tokens + Shape::kCols - 1) / Shape::kCols;
+  if (tile >= tile_rows * tile_cols) return;  // of a second look: spans shorter than the longest
   const int band = tile / (kBand * tile_cols), in_band = tile % (kBand * tile_cols);
   const int band_rows = min(kBand, tile_rows - band * kBand);
-  CostTile<kDtype, Shape, kVectors> work(call, block,
-                                         (band * kBand + in_band % band_rows) * Shape::kRows,
-                                         in_band / band_rows * Shape::kCols);
+  CostTile<kDtype, Shape, kVectors, kRounded> work(
+      call, block, (band * kBand + in_band % band_rows) * Shape::kRows,
+      in_band / band_rows * Shape::kCols);
   work.multiply();
   work.finish();
 }

@@ -1,12 +1,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 COLUMNS: dict[str, tuple[str, ...]]
 CHOICES: dict[str, tuple[str, ...]]
 SOLVER: dict[str, Any]
+ROUNDING: dict[str, Any]
 STATIC_SHARED_BYTES: int
 NEAR_DUPLICATE: float
-MEAN_SHARE: float
+NEAR_ROUNDED: float
 LEAST_ROLLOUT_NORM: float
 MOST_NORM: float
 LEAST_NORM: float
@@ -29,6 +33,9 @@ def check_batch(
 ) -> None: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
+def int8_rows(
+    states: NDArray[np.float32],
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]: ...
 def plan(
     cu_seqlens: Sequence[int],
     group_ids: Sequence[int],
@@ -51,9 +58,12 @@ def make_plan(
     group_ids: Sequence[int],
     labels: Sequence[int],
     *,
+    dim: int,
     span: int,
     stride: int,
     distance: int,
+    aggregation: int,
+    every_pair: bool,
     tokens: int,
     bytes_per_pair: int,
 ) -> dict[str, Any]: ...
@@ -75,6 +85,7 @@ def device_plan(
     group_ids: Sequence[int],
     labels: Sequence[int],
     *,
+    dim: int,
     span: int,
     stride: int,
     distance: int,

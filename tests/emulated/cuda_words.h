@@ -25,6 +25,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -66,8 +69,9 @@ inline std::vector<Fiber> fibers;
 inline Meeting block, warps[kMostThreads / 32];
 inline int current, alive;
 inline void* scheduler;
-inline uint64_t exchange[kMostThreads];
-inline uint32_t words[kMostThreads][4];
+// What lanes give each other, in turns: of the last, some may still take.
+inline uint64_t exchange[2][kMostThreads];
+inline uint32_t words[2][kMostThreads][6];
 inline void (*entry)(const void*);
 inline const void* arguments;
 inline const char* kernel_name;
@@ -96,6 +100,7 @@ inline void meet(Meeting& m) {
 }
 
 inline Meeting& own_warp() { return warps[current / 32]; }
+inline int turn() { return own_warp().generation % 2; }
 
 inline void run_fiber() {
   entry(arguments);
@@ -196,15 +201,14 @@ inline void __syncwarp() { emulated::meet(emulated::own_warp()); }
 template <typename T, typename Take>
 T exchange_in_warp(T value, const Take& take) {
   static_assert(sizeof(T) <= 8);
-  std::memcpy(&emulated::exchange[emulated::current], &value, sizeof value);
+  uint64_t* const place = emulated::exchange[emulated::turn()];
+  std::memcpy(&place[emulated::current], &value, sizeof value);
   emulated::meet(emulated::own_warp());
-  const T taken = take([](int lane) {
+  return take([&](int lane) {
     T other;
-    std::memcpy(&other, &emulated::exchange[emulated::current / 32 * 32 + lane], sizeof other);
+    std::memcpy(&other, &place[emulated::current / 32 * 32 + lane], sizeof other);
     return other;
   });
-  emulated::meet(emulated::own_warp());
-  return taken;
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -254,4 +258,12 @@ inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline int __float2int_rn(float x) {
+  if (x != x) return 0;
+  return x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : static_cast<int>(std::nearbyint(x));
 }

@@ -16,54 +16,46 @@
 
 namespace shear::cpu {
 
-#define SHEAR_DECLARE(set)                                                         \
-  namespace set {                                                                  \
-  void add_states_any(const States&, int64_t, int64_t, int64_t, int64_t, double*); \
-  float squared_norm_any(const States&, int64_t, const float*);                    \
-  void token_cost_any(const CostTile&);                                            \
-  void window_min(const float*, const Window*, int64_t, float*);                   \
-  void window_sum(const float*, const Window*, int64_t, float*);                   \
-  void column_min(const float*, int64_t, int64_t, int64_t, float*);                \
-  void add(float*, const float*, int64_t);                                         \
-  bool below(const float*, int64_t, float);                                        \
-  void rbf(float*, int64_t, float);                                                \
-  Solution sinkhorn(const PairInput&, float*);                                     \
-  constexpr Kernels kKernels{#set,                                                 \
-                             add_states_any,                                       \
-                             squared_norm_any,                                     \
-                             token_cost_any,                                       \
-                             /*bf16_products=*/false,                              \
-                             window_min,                                           \
-                             window_sum,                                           \
-                             column_min,                                           \
-                             add,                                                  \
-                             below,                                                \
-                             rbf,                                                  \
-                             sinkhorn};                                            \
+#define SHEAR_DECLARE(set)                                                                         \
+  namespace set {                                                                                  \
+  void add_states(const States&, int64_t, int64_t, int64_t, int64_t, double*);                     \
+  Magnitude magnitude(const States&, int64_t);                                                     \
+  float squared_norm(const States&, int64_t, const float*);                                        \
+  void add_rounded(const States&, int64_t, int64_t, int64_t, float, int64_t*);                     \
+  void round_states(const Rounded&);                                                               \
+  void token_cost(const CostTile&);                                                                \
+  void token_cost_int8(const CostTile&);                                                           \
+  void window_min(const float*, const Window*, int64_t, float*);                                   \
+  void window_sum(const float*, const Window*, int64_t, float*);                                   \
+  void column_min(const float*, int64_t, int64_t, int64_t, float*);                                \
+  void add(float*, const float*, int64_t);                                                         \
+  bool below(const float*, int64_t, float);                                                        \
+  void rbf(float*, int64_t, float);                                                                \
+  Solution sinkhorn(const PairInput&, float*);                                                     \
+  constexpr Kernels kKernels{#set,         add_states, magnitude,       squared_norm, add_rounded, \
+                             round_states, token_cost, token_cost_int8, window_min,   window_sum,  \
+                             column_min,   add,        below,           rbf,          sinkhorn};   \
   }
 
-// AVX-512 with other token costs for bfloat16.
-#define SHEAR_DECLARE_BF16(set)                                                    \
-  namespace set {                                                                  \
-  void token_cost_bf16(const CostTile&);                                           \
-  void token_cost_any(const CostTile& tile) {                                      \
-    tile.center == nullptr ? token_cost_bf16(tile) : avx512::token_cost_any(tile); \
-  }                                                                                \
-  constexpr Kernels kKernels = [] {                                                \
-    Kernels table = avx512::kKernels;                                              \
-    table.isa = #set;                                                              \
-    table.token_cost = token_cost_any;                                             \
-    table.bf16_products = true;                                                    \
-    return table;                                                                  \
-  }();                                                                             \
+// Another set's kernels but for the product of int8 rows.
+#define SHEAR_DECLARE_PRODUCT(set, others)   \
+  namespace set {                            \
+  void token_cost_int8(const CostTile&);     \
+  constexpr Kernels kKernels = [] {          \
+    Kernels table = others::kKernels;        \
+    table.isa = #set;                        \
+    table.token_cost_int8 = token_cost_int8; \
+    return table;                            \
+  }();                                       \
   }
 
 SHEAR_DECLARE(portable)
 #ifdef SHEAR_X86
 SHEAR_DECLARE(avx2)
 SHEAR_DECLARE(avx512)
-SHEAR_DECLARE_BF16(avx512_bf16)
-SHEAR_DECLARE_BF16(amx)
+SHEAR_DECLARE_PRODUCT(avx_vnni, avx2)
+SHEAR_DECLARE_PRODUCT(avx512_vnni, avx512)
+SHEAR_DECLARE_PRODUCT(amx, avx512)
 #endif
 
 namespace {
@@ -96,20 +88,20 @@ std::vector<Candidate> candidates() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #ifdef SHEAR_EMULATED
-  const bool avx512 = avx2, bf16 = avx2, amx = avx2;
+  const bool avx512 = avx2, avx_vnni = avx2, avx512_vnni = avx2, amx = avx2;
 #else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && (Cpuid7(1).eax >> 5 & 1);
-  const unsigned features = Cpuid7(0).edx;
-  const bool amx = avx512 && (features >> 22 & 1) && (features >> 24 & 1) && may_use_tiles();
+  const Cpuid7 features(0);
+  const bool avx_vnni = avx2 && (Cpuid7(1).eax >> 4 & 1);
+  const bool avx512_vnni = avx512 && (features.ecx >> 11 & 1);
+  const bool amx =
+      avx512 && (features.edx >> 24 & 1) && (features.edx >> 25 & 1) && may_use_tiles();
 #endif
-  return {{&amx::kKernels, amx},
-          {&avx512_bf16::kKernels, bf16},
-          {&avx512::kKernels, avx512},
-          {&avx2::kKernels, avx2},
-          {&portable::kKernels, true}};
+  return {{&amx::kKernels, amx},       {&avx512_vnni::kKernels, avx512_vnni},
+          {&avx512::kKernels, avx512}, {&avx_vnni::kKernels, avx_vnni},
+          {&avx2::kKernels, avx2},     {&portable::kKernels, true}};
 #else
   return {{&portable::kKernels, true}};
 #endif

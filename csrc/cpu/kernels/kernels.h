@@ -6,6 +6,7 @@
 
 #include "chunks.h"
 #include "problem.h"
+#include "rounding.h"
 #include "solve.h"
 
 namespace shear::cpu {
@@ -17,13 +18,31 @@ struct States {
   int64_t dim;
 };
 
+// Int8 rows of tokens as csrc/rounding.h makes them. kRowSlack rows more can be read (plan.h).
+struct Rows {
+  int8_t* row;   // (tokens, depth); null: none
+  float* scale;  // (tokens): what a step stands for
+  int64_t depth;
+};
+
+// The tokens of a group that are to be rounded.
+struct Rounded {
+  States states;
+  int64_t token, count;
+  const float* center;    // (dim)
+  const uint32_t* signs;  // (depth): sign_of_dimension
+  Rows rows;              // where they go
+  float* scratch;         // depth
+};
+
 // One tile of token costs ||x_i - y_j||: rows and columns are tokens.
 struct CostTile {
   States states;
   int64_t row, rows, col, cols;
-  const float* center;   // (dim) mean state of the group; null: the states as they are
-  const float* sq_norm;  // (tokens) squared norm of the states less the center
-  float* out;            // (rows, ld)
+  const float* center;      // (dim)
+  const float* sq_norm;     // (tokens) squared norm of the states less the center
+  Rows row_rows, col_rows;  // int8 rows from tokens row and col on
+  float* out;               // (rows, ld)
   int64_t ld;
   float* scratch;  // kPanelFloats
 };
@@ -86,16 +105,24 @@ static inline SinkhornScratch sinkhorn_scratch(int64_t n, int64_t m, int64_t wid
   return s;
 }
 
+struct Magnitude {
+  float squared, largest;
+};
+
 struct Kernels {
   const char* isa;
   // Adds the states of `count` tokens from `token` on to sums (dim_end - dim_begin).
   void (*add_states)(const States&, int64_t token, int64_t count, int64_t dim_begin,
                      int64_t dim_end, double* sums);
-  // ||x - center||^2, center may be null; Inf or NaN iff the state has one or its norm overflows
-  // float32.
-  float (*squared_norm)(const States&, int64_t token, const float* center);
-  void (*token_cost)(const CostTile&);
-  bool bf16_products;  // token_cost takes bfloat16 states without a center, and is faster so
+  // ||x||^2 and the largest |x_k|; Inf or NaN iff the state has one or its norm overflows float32.
+  Magnitude (*magnitude)(const States&, int64_t token);
+  float (*squared_norm)(const States&, int64_t token, const float* center);  // ||x - center||^2
+  // Adds one state, times a power of two and rounded to integers, to sums (dim_end - dim_begin).
+  void (*add_rounded)(const States&, int64_t token, int64_t dim_begin, int64_t dim_end, float scale,
+                      int64_t* sums);
+  void (*round_states)(const Rounded&);
+  void (*token_cost)(const CostTile&);       // from a float32 product
+  void (*token_cost_int8)(const CostTile&);  // from int8 rows
   // out[k] = minimum (or sum) of row[w.begin .. w.begin + w.size) for each window
   void (*window_min)(const float* row, const Window* windows, int64_t count, float* out);
   void (*window_sum)(const float* row, const Window* windows, int64_t count, float* out);

@@ -49,6 +49,37 @@ inline Vec4 row_sums(Vec a, Vec b, Vec c, Vec d) {
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
+inline Vec4 smaller(Vec4 a, Vec4 b) { return a < b ? a : b; }
+inline Vec4 quarter_minima(Vec a) {
+#if SHEAR_WIDTH == 4
+  return a;
+#elif SHEAR_WIDTH == 8
+  return smaller(__builtin_shufflevector(a, a, 0, 1, 2, 3),
+                 __builtin_shufflevector(a, a, 4, 5, 6, 7));
+#else
+  return smaller(
+      smaller(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7)),
+      smaller(__builtin_shufflevector(a, a, 8, 9, 10, 11),
+              __builtin_shufflevector(a, a, 12, 13, 14, 15)));
+#endif
+}
+
+inline Vec4 row_minima(Vec a, Vec b, Vec c, Vec d) {
+  const Vec4 qa = quarter_minima(a), qb = quarter_minima(b), qc = quarter_minima(c),
+             qd = quarter_minima(d);
+  const Vec4 ab = smaller(__builtin_shufflevector(qa, qb, 0, 4, 1, 5),
+                          __builtin_shufflevector(qa, qb, 2, 6, 3, 7));
+  const Vec4 cd = smaller(__builtin_shufflevector(qc, qd, 0, 4, 1, 5),
+                          __builtin_shufflevector(qc, qd, 2, 6, 3, 7));
+  return smaller(__builtin_shufflevector(ab, cd, 0, 1, 4, 5),
+                 __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+}
+inline Group row_minima(const Vec (&rows)[kGroup]) {
+  return __builtin_shufflevector(row_minima(rows[0], rows[1], rows[2], rows[3]),
+                                 row_minima(rows[4], rows[5], rows[6], rows[7]), 0, 1, 2, 3, 4, 5,
+                                 6, 7);
+}
+
 inline Vec4 load4(const float* p) {
   Vec4 v;
   __builtin_memcpy(&v, p, sizeof v);

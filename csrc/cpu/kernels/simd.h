@@ -129,6 +129,12 @@ inline Vec log2(Vec x) {
   return __builtin_convertvector(exponent, Vec) + t * p;
 }
 
+// The nearest integers, ties to even, of floats below 2^22.
+inline VecI nearest_integer(Vec x) {
+  const Vec magic = broadcast(12582912.f);  // as in exp2
+  return (VecI)(x + magic) - (VecI)magic;
+}
+
 // float16 and bfloat16 bits to float32, exactly.
 inline Vec from_bfloat16(VecH bits) { return (Vec)(__builtin_convertvector(bits, VecU) << 16); }
 inline Vec from_float16(VecH bits) {

@@ -67,32 +67,46 @@ class Engine {
     Vec highest = -far;
     float least = kFar;  // F
     for (int64_t j = 0; j < ld; j += kWidth) store(g + j, far);
+    VecI lane;
+    for (int l = 0; l < kWidth; ++l) lane[l] = l;
+    const VecI present = lane < rest;
     for (int64_t i = 0; i < rows_; i += kGroup) {
       float* panel = cost_ + i * ld;
+      const int count = n_ - i < kGroup ? static_cast<int>(n_ - i) : kGroup;
+      const float* row[kGroup];  // one that is not there stands for itself below
+      Vec lowest[kGroup];
       for (int r = 0; r < kGroup; ++r) {
-        if (i + r >= n_) {
-          for (int64_t j = 0; j < ld; j += kWidth) store(panel + j * kGroup + r * kWidth, far);
-          continue;
-        }
-        const float* row = in_.cost + (i + r) * in_.ld;
+        row[r] = in_.cost + (i + (r < count ? r : 0)) * in_.ld;
+        lowest[r] = far;
         if (i + r + kAhead < n_)
-          for (int64_t j = 0; j < m_; j += kCostPad) __builtin_prefetch(row + kAhead * in_.ld + j);
-        Vec lowest = far;
-        for (int64_t j = 0; j < whole; j += kWidth) {
-          const Vec x = load(row + j) * scale;
-          store(panel + j * kGroup + r * kWidth, x);
-          lowest = min(lowest, x);
+          for (int64_t j = 0; j < m_; j += kCostPad)
+            __builtin_prefetch(row[r] + kAhead * in_.ld + j);
+      }
+      float* to = panel;
+      for (int64_t j = 0; j < whole; j += kWidth)
+#pragma GCC unroll 8
+        for (int r = 0; r < kGroup; ++r, to += kWidth) {
+          const Vec x = load(row[r] + j) * scale;
+          store(to, x);
+          lowest[r] = min(lowest[r], x);
           highest = max(highest, x);
         }
-        if (rest > 0) {
-          const Vec y = load_rest(row, m_, rest, 0.f) * scale, x = keep_first(y, rest, kFar);
-          store(panel + whole * kGroup + r * kWidth, x);
-          lowest = min(lowest, x);
-          highest = max(highest, keep_first(y, rest, -kFar));
-        }
-        f_[i + r] = min(lowest);
-        least = f_[i + r] < least ? f_[i + r] : least;
+      for (int r = 0; rest > 0 && r < kGroup; ++r, to += kWidth) {
+        const Vec y = load_rest(row[r], m_, rest, 0.f) * scale, x = present ? y : far;
+        store(to, x);
+        lowest[r] = min(lowest[r], x);
+        highest = max(highest, present ? y : -far);
       }
+      Group f = row_minima(lowest);
+      for (int r = 0; r < kGroup; ++r) {
+        if (r < count) {
+          least = f[r] < least ? f[r] : least;
+          continue;
+        }
+        f[r] = 0.f;
+        for (int64_t j = 0; j < ld; j += kWidth) store(panel + j * kGroup + r * kWidth, far);
+      }
+      store_group(f_ + i, f);
       for (int64_t j = 0; j < ld; j += kWidth) {
         Vec lowest = load(g + j);
 #pragma GCC unroll 8
@@ -112,17 +126,7 @@ class Engine {
   }
 
   void exponentiate() {
-    const int64_t ld = ld_;
-    const float cool = 1.f / heat_;
-    for (int64_t i = 0; i < rows_; i += kGroup) {
-      const float *cost = cost_ + i * ld, *g = g_;
-      float* k = k_ + i * ld;
-      const Group f = load_group(f_ + i);
-      for (int64_t j = 0; j < ld; j += kWidth, g += kWidth)
-#pragma GCC unroll 8
-        for (int r = 0; r < kGroup; ++r, cost += kWidth, k += kWidth)
-          store(k, exp2(((f[r] - load(cost)) + load(g)) * cool));
-    }
+    heat_ == 1.f ? exponentiate_at<false>(1.f) : exponentiate_at<true>(1.f / heat_);
   }
 
   void absorb() {
@@ -217,6 +221,22 @@ class Engine {
   float to_cost(double scaled) const { return static_cast<float>(scaled * in_.eps / kLog2e); }
   float dual_value(double sum_f, double sum_g) const {
     return to_cost(sum_f / static_cast<double>(n_) + sum_g / static_cast<double>(m_));
+  }
+
+  template <bool kHot>
+  void exponentiate_at(float cool) {
+    const int64_t ld = ld_;
+    for (int64_t i = 0; i < rows_; i += kGroup) {
+      const float *cost = cost_ + i * ld, *g = g_;
+      float* k = k_ + i * ld;
+      const Group f = load_group(f_ + i);
+      for (int64_t j = 0; j < ld; j += kWidth, g += kWidth)
+#pragma GCC unroll 8
+        for (int r = 0; r < kGroup; ++r, cost += kWidth, k += kWidth) {
+          const Vec x = (f[r] - load(cost)) + load(g);
+          store(k, exp2(kHot ? x * cool : x));
+        }
+    }
   }
 
   // One iteration: rows, then columns, in one sweep of K. Returns the L1 error of the row marginal

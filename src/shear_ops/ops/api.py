@@ -46,7 +46,9 @@ class SpanDistances(NamedTuple):
         distance: (K,) float32, the span distance to the nearest span (its mean over the opposing
             set for aggregation="mean"); inf where the opposing set is empty. In units of a token
             cost: not yet divided by the mean norm.
-        nearest: (K,) int64, index of that span among the K, -1 where there is none.
+        nearest: (K,) int64, index of that span among the K, -1 where there is none. Spans are
+            compared by costs from states rounded to int8, to 1e-3 of D: of two that are nearer to
+            each other than that, either may be chosen. The distance itself is not rounded.
         residual: (K,) float32, L1 marginal error of that span pair.
         iterations: (K,) int32, Sinkhorn iterations of that span pair; n_iters means that it was
             stopped there, and its distance may be off by more than 2e-3. A span whose own pair
@@ -352,7 +354,8 @@ def pair_distances(
         backend: as in span_weights.
 
     Returns:
-        (K1, K2) float32, in units of a token cost: not divided by the mean norm.
+        (K1, K2) float32, in units of a token cost: not divided by the mean norm. Every one is
+        computed to the end, from costs that are not rounded to int8.
 
     Raises:
         TypeError, ValueError: as span_weights.

@@ -1,7 +1,8 @@
 """Columns of a plan's tables, by the names that C++ gives them in `_C.COLUMNS`.
 
-A row is a rollout, a span, a block or a chunk. The constants here are indices for kernels and for
-arrays alike, and `rows` makes rows by name: nothing else knows the order of the columns.
+A row is a rollout, a span, a block, a stretch or a chunk. The constants here are indices for
+kernels and for arrays alike, and `rows` makes rows by name: nothing else knows the order of the
+columns.
 """
 
 from __future__ import annotations
@@ -72,6 +73,18 @@ COST_OFFSET = column("block", "cost_offset")
 ROW_OFFSET = column("block", "row_offset")
 COL_OFFSET = column("block", "col_offset")
 PAIR_OFFSET = column("block", "pair_offset")
+ROW_PLACE = column("block", "row_place")
+COL_PLACE = column("block", "col_place")
+
+STRETCH = width("stretch")
+STRETCH_GROUP = column("stretch", "group")
+STRETCH_TOKEN = column("stretch", "token")
+STRETCH_TOKENS = column("stretch", "tokens")
+STRETCH_PLACE = column("stretch", "place")
 
 BLOCK_BEGIN = column("chunk", "block_begin")
 BLOCK_END = column("chunk", "block_end")
+STRETCH_BEGIN = column("chunk", "stretch_begin")
+STRETCH_END = column("chunk", "stretch_end")
+COST_FLOATS = column("chunk", "cost_floats")
+PLACES = column("chunk", "places")

@@ -100,6 +100,7 @@ def pair_distances(x: Tensor, y: Tensor, **options: Any) -> Tensor:
             torch.tensor([0, 0], device="cpu"),
             torch.tensor([1, 0], device="cpu"),
             options,
+            every_pair=True,
         )
         rollouts, blocks = tables.host["rollouts"], tables.host["blocks"]
         rows, spans = int(rollouts[0, ROLLOUT_SPAN_END]), len(tables.host["spans"])
@@ -177,8 +178,9 @@ def _check_config(options: dict[str, Any]) -> None:
 
 
 def _prepare(
-    hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, options: dict[str, Any]
-) -> tuple[Options, Tables]:
+    hidden: Tensor, cu_seqlens: Tensor, group_ids: Tensor, labels: Tensor, options: dict[str, Any],
+    *, every_pair: bool = False,
+) -> tuple[Options, Tables]:  # fmt: skip
     given = Options(**{**_defaults("span_weights"), **options})
     _check_config(vars(given))
     check_op_states("hidden", hidden)
@@ -196,20 +198,22 @@ def _prepare(
     ]  # fmt: skip
     key = (
         *(tuple(values) for values in integers), given.span, given.stride, given.distance,
-        hidden.device, len(hidden),
+        given.aggregation, every_pair, hidden.device, hidden.shape,
     )  # fmt: skip
     tables = _captured.get(key) or _recent.get(key)
     if in_graph:
         if tables is None:
             raise RuntimeError(
                 "while a graph is captured nothing can be copied to the device: make the same call "
-                "once before, with the same cu_seqlens, group_ids, labels, span, stride, distance"
+                "once before, with the same cu_seqlens, group_ids, labels, span, stride, distance, "
+                "aggregation and number of dimensions"
             )
         _captured[key] = tables
     elif tables is None:
         plan = _C.make_plan(
-            *integers, span=given.span, stride=given.stride,
-            distance=given.distance, tokens=len(hidden), bytes_per_pair=BYTES_PER_PAIR,
+            *integers, dim=hidden.shape[1], span=given.span, stride=given.stride,
+            distance=given.distance, aggregation=given.aggregation, every_pair=every_pair,
+            tokens=len(hidden), bytes_per_pair=BYTES_PER_PAIR,
         )  # fmt: skip
         tables = tables_of(
             plan, hidden.device, of_means=given.distance == COSINE, with_self=given.distance == MMD

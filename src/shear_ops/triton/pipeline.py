@@ -1,5 +1,5 @@
 """The steps of one call: states -> token costs -> bounds -> sinkhorn -> nearest spans -> token
-weights.
+weights; from int8 rows, with a second look at the nearest spans.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .. import _C
-from . import bounds, nearest, queue
+from . import bounds, nearest, queue, second_look
 from .nearest import Nearest, Pairs
+from .rounding import Rows, round_states
 from .span_means import cosine_distances, span_means
 from .states import States, measure
 from .tables import Chunk, Tables
@@ -82,16 +83,18 @@ def run(
             token_costs(known, chunk, pairs.value)
             cosine_distances(known, chunk, pairs.value)
         else:
+            if room.rows is not None:
+                with record_function("shear::states"):
+                    round_states(hidden, known.center, known.group_norm, chunk, room.rows)
             with record_function("shear::token_costs"):
-                token_costs(known, chunk, room.costs)
+                token_costs(known, chunk, room.costs, room.rows)
             with record_function("shear::bounds"):
                 _reduce(known, tables, chunk, room, pairs.value, options.distance, self_similarity)
         with record_function("shear::solve"):
             if options.distance == SINKHORN:
-                queue.solve(
-                    tables, chunk, known.group_norm, room.costs, pairs, best, counts[1:],
-                    reg=options.reg, unit_is_norm=options.chose("reg_unit", "mean_norm"),
-                    n_iters=options.n_iters, tol=options.tol, prune=options.prune and not mean,
+                _solve(
+                    known, tables, chunk, room, pairs, best, counts[1:], options,
+                    prune=options.prune and not mean,
                 )  # fmt: skip
             else:
                 counts[3].add_(chunk.pairs.total)
@@ -99,18 +102,57 @@ def run(
             nearest.collect(tables, chunk, pairs, found, mean=mean)
         if offer is not None:
             offer(number, pairs.value)
+    if tables.second is not None:
+        with record_function("shear::second_look"):
+            _look_again(known, tables, tables.second, room, found, best, options)
     return Found(states, found.mean() if mean else found, counts)
+
+
+def _solve(
+    states: States, tables: Tables, chunk: Chunk, room: _Room, pairs: Pairs, best: Tensor,
+    counts: Tensor, options: Options, *, prune: bool,
+) -> None:  # fmt: skip
+    queue.solve(
+        tables, chunk, states.group_norm, room.costs, pairs, best, counts,
+        reg=options.reg, unit_is_norm=options.chose("reg_unit", "mean_norm"),
+        n_iters=options.n_iters, tol=options.tol, prune=prune,
+    )  # fmt: skip
+
+
+def _look_again(
+    states: States, tables: Tables, template: Chunk, room: _Room, found: Nearest, best: Tensor,
+    options: Options,
+) -> None:  # fmt: skip
+    """Solve every span and its nearest one by token costs from the exact product."""
+    # one more group, without a scale: that of blocks which have no pair
+    norm = torch.cat([states.group_norm, states.group_norm.new_zeros(1)])
+    known = states._replace(group_norm=norm)
+    counts = torch.zeros(4, dtype=torch.int64, device=norm.device)  # not those of a call
+    for begin in range(0, len(tables.spans), len(template.blocks)):
+        chunk = second_look.nearest_pairs(tables, template, found, begin)
+        pairs = room.pairs(chunk.pairs.total)
+        token_costs(known, chunk, room.costs)
+        _reduce(known, tables, chunk, room, pairs.value, SINKHORN, None)
+        _solve(known, tables, chunk, room, pairs, best, counts, options, prune=False)
+        second_look.keep(tables, pairs, found, begin)
 
 
 class _Room:
     """Workspace, as large as the largest chunk."""
 
     def __init__(self, tables: Tables, options: Options, device: torch.device) -> None:
-        tokens = [] if options.distance == COSINE else [*tables.chunks, *tables.self_chunks]
+        second = [] if tables.second is None else [tables.second]
+        solved = [*tables.chunks, *second]
+        tokens = [] if options.distance == COSINE else [*solved, *tables.self_chunks]
         self.device = device
         self.costs = self.new(max((c.cost_floats for c in tokens), default=0))
         self.windows = self.new(max((c.window_floats for c in tokens), default=0))
-        self.most = max((c.pairs.total for c in tables.chunks), default=0)
+        self.most = max((c.pairs.total for c in solved), default=0)
+        self.rows = None
+        if tables.row_bytes > 0:
+            places = max((c.places for c in tables.chunks), default=0)
+            rows = self.new(places * tables.row_bytes, torch.int8)
+            self.rows = Rows(rows.view(places, tables.row_bytes), self.new(places))
         self.solved = Pairs(
             self.new(self.most), self.new(self.most), self.new(self.most, torch.int32)
         )

@@ -9,12 +9,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import BLOCK, COL_SPAN, COL_SPANS, GROUP, PAIR_OFFSET, ROW_SPAN
-from .states import DIMS, TOKENS_AT_ONCE, States, sum_kernel
+from .columns import (
+    BLOCK,
+    COL_SPAN,
+    COL_SPANS,
+    GROUP,
+    PAIR_OFFSET,
+    ROW_SPAN,
+    SPAN,
+    SPAN_BEGIN,
+    SPAN_END,
+)
+from .states import DIMS, TOKENS_AT_ONCE, States
 from .tables import Chunk, Tables
 from .tasks import find, has_scale
 
 PAIRS = 256  # of a program
+
+
+@triton.jit
+def sum_kernel(hidden, spans, sums, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+    """Sum of the states of every span, (spans, d)."""
+    s = tl.program_id(0).to(tl.int64)
+    dim = tl.program_id(1) * D + tl.arange(0, D)
+    token = tl.load(spans + s * SPAN + SPAN_BEGIN)
+    end = tl.load(spans + s * SPAN + SPAN_END)
+    lane = tl.arange(0, T)
+    parts = tl.zeros((T, D), tl.float32)
+    while token < end:
+        inside = (token + lane < end)[:, None] & (dim < DIM)[None, :]
+        x = tl.load(hidden + (token + lane)[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
+        parts += x.to(tl.float32)
+        token += T
+    tl.store(sums + s * DIM + dim, tl.sum(parts, 0), mask=dim < DIM)
 
 
 @triton.jit
@@ -68,12 +95,10 @@ def span_means(states: States, tables: Tables) -> States:
     sq_norm = torch.empty(spans, dtype=torch.float32, device=device)
     if spans:
         grid = spans, triton.cdiv(dim, DIMS)
-        sum_kernel[grid](
-            states.hidden, tables.spans, means, OF_SPANS=True, DIM=dim, T=TOKENS_AT_ONCE, D=DIMS
-        )
+        sum_kernel[grid](states.hidden, tables.spans, means, DIM=dim, T=TOKENS_AT_ONCE, D=DIMS)
         unit_kernel[spans,](means, sq_norm, DIM=dim, D=min(1024, triton.next_power_of_2(dim)))
-    centered = torch.zeros(tables.groups, dtype=torch.int32, device=device)
-    return states._replace(hidden=means, sq_norm=sq_norm, centered=centered)
+    at_zero = torch.zeros((tables.groups, dim), dtype=torch.float32, device=device)
+    return states._replace(hidden=means, sq_norm=sq_norm, center=at_zero)
 
 
 def cosine_distances(states: States, chunk: Chunk, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What is measured once per call from the hidden states alone: norms, the groups' mean states."""
+"""What is measured once per call from the hidden states alone: norms, the groups' centers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _C
-from .columns import ROLLOUT, ROLLOUT_BEGIN, ROLLOUT_END, ROLLOUT_GROUP, SPAN, SPAN_BEGIN, SPAN_END
+from .columns import ROLLOUT, ROLLOUT_BEGIN, ROLLOUT_END, ROLLOUT_GROUP
+from .rounding import nearest_integer
 from .tables import Tables
 from .tasks import TOKENS, find
 
@@ -19,6 +20,10 @@ DIMS = 64
 NO_GROUP = 2**63 - 1
 MOST = tl.constexpr(_C.MOST_NORM**2)
 FAINT = tl.constexpr(_C.FAINT_NORM**2)  # the smallest normal number
+EXPONENTS = tl.constexpr(_C.ROUNDING["exponents"])
+CENTER_SPREAD = tl.constexpr(_C.ROUNDING["center_spread"])
+LEAST_LIMIT = tl.constexpr(_C.ROUNDING["least_limit"])
+CENTER_BITS = tl.constexpr(_C.ROUNDING["center_bits"])
 
 
 class States(NamedTuple):
@@ -26,9 +31,8 @@ class States(NamedTuple):
 
     Attributes:
         hidden: (N, d), contiguous.
-        sq_norm: (N,) float32, squared norms; of the centred states where the group is centred.
-        center: (G, d) float32, the groups' mean states.
-        centered: (G,) int32, 1 if token costs are made of centred states.
+        sq_norm: (N,) float32, squared norms; of the centred states if token costs are made.
+        center: (G, d) float32, what is taken off the states of a group, as in csrc/rounding.h.
         group_norm, rollout_norm: (G,) and (B,) float32, mean norms.
         bad_token: (1,) int64, first token that is not finite or too large, or N.
         unfit_group: (1,) int64, index of the first group that is refused for its mean norm, whose
@@ -38,7 +42,6 @@ class States(NamedTuple):
     hidden: Tensor
     sq_norm: Tensor
     center: Tensor
-    centered: Tensor
     group_norm: Tensor
     rollout_norm: Tensor
     bad_token: Tensor
@@ -47,22 +50,27 @@ class States(NamedTuple):
 
 @triton.jit(do_not_specialize=["tokens"])
 def sq_norm_kernel(
-    hidden, sq_norm, bad_token, tokens, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr
-):
+    hidden, sq_norm, exponent, bad_token, tokens,
+    DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """||x||^2 of every token, NaN where it is out of range, and the first token where it is.
 
-    A state that is not zero although its squares are has FAINT.
+    A state that is not zero although its squares are has FAINT. exponent: the biased one of the
+    largest entry.
     """
     token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     there = token < tokens
     lane = tl.arange(0, D)
     squares = tl.zeros((T, D), tl.float32)
+    largest = tl.zeros((T, D), tl.int32)  # bits: in the order of floats >= 0
     for k in range(0, DIM, D):
         inside = there[:, None] & (k + lane < DIM)[None, :]
         x = tl.load(hidden + token[:, None] * DIM + k + lane[None, :], mask=inside, other=0.0)
         x = x.to(tl.float32)
         squares += x * x
+        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     total = tl.sum(squares, 1)
+    tl.store(exponent + token, (tl.max(largest, 1) >> 23).to(tl.uint8), mask=there)
     vanished = there & (total < FAINT)
     if tl.max(vanished.to(tl.int32), 0) > 0:
         seen = tl.zeros((T,), tl.int32)
@@ -119,75 +127,83 @@ def group_norm_kernel(
     tl.store(group_norm + g, norm)
 
 
-@triton.jit
-def sum_kernel(
-    hidden, table, sums,
-    OF_SPANS: tl.constexpr, DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Sum of the states of every rollout or, OF_SPANS, every span of a table, (rows, d)."""
-    i = tl.program_id(0).to(tl.int64)
-    dim = tl.program_id(1) * D + tl.arange(0, D)
-    if OF_SPANS:
-        token = tl.load(table + i * SPAN + SPAN_BEGIN)
-        end = tl.load(table + i * SPAN + SPAN_END)
-    else:
-        token = tl.load(table + i * ROLLOUT + ROLLOUT_BEGIN)
-        end = tl.load(table + i * ROLLOUT + ROLLOUT_END)
-    lane = tl.arange(0, T)
-    parts = tl.zeros((T, D), tl.float32)
-    while token < end:
-        inside = (token + lane < end)[:, None] & (dim < DIM)[None, :]
-        x = tl.load(hidden + (token + lane)[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
-        parts += x.to(tl.float32)
-        token += T
-    tl.store(sums + i * DIM + dim, tl.sum(parts, 0), mask=dim < DIM)
-
-
-@triton.jit
-def center_kernel(
-    sums, rollouts, first_member, members, center, DIM: tl.constexpr, D: tl.constexpr
-):
-    """Mean state of every group, (G, d)."""
-    g = tl.program_id(0).to(tl.int64)
-    dim = tl.program_id(1) * D + tl.arange(0, D)
-    at = tl.load(first_member + g)
-    end = tl.load(first_member + g + 1)
-    total = tl.zeros((D,), tl.float32)
-    tokens = 0.0
-    while at < end:
-        i = tl.load(members + at)
-        total += tl.load(sums + i * DIM + dim, mask=dim < DIM, other=0.0)
-        begin = tl.load(rollouts + i * ROLLOUT + ROLLOUT_BEGIN)
-        tokens += (tl.load(rollouts + i * ROLLOUT + ROLLOUT_END) - begin).to(tl.float32)
-        at += 1
-    tl.store(center + g * DIM + dim, total / tokens, mask=dim < DIM)
-
-
-@triton.jit
-def centered_kernel(center, group_norm, centered, share, DIM: tl.constexpr, D: tl.constexpr):
-    """Whether more than `share` of the states of a group is their mean."""
-    g = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, D)
-    squares = tl.zeros((D,), tl.float32)
-    for k in range(0, DIM, D):
-        x = tl.load(center + g * DIM + k + lane, mask=k + lane < DIM, other=0.0)
-        squares += x * x
-    norm = tl.load(group_norm + g)
-    tl.store(centered + g, (tl.sum(squares, 0) > share * norm * norm).to(tl.int32))
-
-
 @triton.jit(do_not_specialize=["count"])
-def centered_sq_norm_kernel(
-    hidden, rollouts, first, count, center, centered, sq_norm,
-    DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """||x - center||^2 of the tokens of centred groups; the others keep ||x||^2."""
+def count_kernel(exponent, rollouts, first, count, counts, T: tl.constexpr):
+    """counts (G, EXPONENTS): how many tokens of a group have which exponent."""
     task = tl.program_id(0).to(tl.int64)
     i = find(first, count, task)
     g = tl.load(rollouts + i * ROLLOUT + ROLLOUT_GROUP)
     if g < 0:
         return
-    if tl.load(centered + g) == 0:
+    token = tl.load(rollouts + i * ROLLOUT + ROLLOUT_BEGIN)
+    token += (task - tl.load(first + i)) * T + tl.arange(0, T)
+    there = token < tl.load(rollouts + i * ROLLOUT + ROLLOUT_END)
+    e = tl.load(exponent + token, mask=there, other=0).to(tl.int32)
+    number = tl.histogram(e, EXPONENTS, mask=there)
+    at = counts + g * EXPONENTS + tl.arange(0, EXPONENTS)
+    tl.atomic_add(at, number, mask=number > 0)
+
+
+@triton.jit
+def center_limit(counts, g):
+    """The exponent that tokens of a group's center stay below, and how many do."""
+    e = tl.arange(0, EXPONENTS)
+    number = tl.load(counts + g * EXPONENTS + e)
+    tokens = tl.sum(number, 0)
+    median = tl.sum((2 * tl.cumsum(number, 0) < tokens).to(tl.int32), 0)
+    limit = tl.maximum(median + CENTER_SPREAD, LEAST_LIMIT)
+    return limit, tl.sum(tl.where(e < limit, number, 0), 0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def center_sum_kernel(
+    hidden, exponent, rollouts, first, count, counts, sums,
+    DIM: tl.constexpr, T: tl.constexpr, AT_ONCE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Add tokens to the sums (G, d) of their group: integers, so that no order shows."""
+    task = tl.program_id(0).to(tl.int64)
+    i = find(first, count, task)
+    g = tl.load(rollouts + i * ROLLOUT + ROLLOUT_GROUP)
+    if g < 0:
+        return
+    limit, _ = center_limit(counts, g)
+    to_units = ((-limit + CENTER_BITS + 2 * 127) << 23).to(tl.float32, bitcast=True)
+    begin = tl.load(rollouts + i * ROLLOUT + ROLLOUT_BEGIN) + (task - tl.load(first + i)) * T
+    end = tl.load(rollouts + i * ROLLOUT + ROLLOUT_END)
+    dim = tl.program_id(1) * D + tl.arange(0, D)
+    total = tl.zeros((D,), tl.int32)
+    for part in range(0, T, AT_ONCE):
+        token = begin + part + tl.arange(0, AT_ONCE)
+        there = token < end
+        there &= tl.load(exponent + token, mask=there, other=0).to(tl.int32) < limit
+        inside = there[:, None] & (dim < DIM)[None, :]
+        x = tl.load(hidden + token[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
+        total += tl.sum(nearest_integer(x.to(tl.float32) * to_units), 0)  # exact: a power of 2
+    tl.atomic_add(sums + g * DIM + dim, total.to(tl.int64), mask=dim < DIM)
+
+
+@triton.jit
+def center_kernel(sums, counts, center, DIM: tl.constexpr, D: tl.constexpr):
+    """The centers of groups, (G, d): the means of their tokens without outliers."""
+    g = tl.program_id(0).to(tl.int64)
+    dim = tl.program_id(1) * D + tl.arange(0, D)
+    limit, tokens = center_limit(counts, g)
+    unit = ((limit - CENTER_BITS + (1023 - 127)).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    total = tl.load(sums + g * DIM + dim, mask=dim < DIM, other=0).to(tl.float64)
+    mean = total / tokens.to(tl.float64) * unit
+    tl.store(center + g * DIM + dim, mean.to(tl.float32), mask=dim < DIM)
+
+
+@triton.jit(do_not_specialize=["count"])
+def centered_sq_norm_kernel(
+    hidden, rollouts, first, count, center, sq_norm,
+    DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """||x - center||^2 of the tokens of groups; the others keep ||x||^2."""
+    task = tl.program_id(0).to(tl.int64)
+    i = find(first, count, task)
+    g = tl.load(rollouts + i * ROLLOUT + ROLLOUT_GROUP)
+    if g < 0:
         return
     token = tl.load(rollouts + i * ROLLOUT + ROLLOUT_BEGIN)
     token += (task - tl.load(first + i)) * T + tl.arange(0, T)
@@ -206,7 +222,7 @@ def centered_sq_norm_kernel(
 def measure(
     hidden: Tensor, tables: Tables, *, center: bool, norm_range: tuple[float, float]
 ) -> States:
-    """Norms of the states, and if they are to be multiplied, the groups' mean states.
+    """Norms of the states, and if they are to be multiplied, the groups' centers.
 
     Groups whose mean norm is not in norm_range are refused.
     """
@@ -217,37 +233,42 @@ def measure(
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
     sq_norm, rollout_norm, group_norm = new(tokens), new(rollouts), new(groups)
+    exponent = new(tokens, dtype=torch.uint8)
     bad_token = torch.full((1,), tokens, dtype=torch.int64, device=hidden.device)
     unfit_group = torch.full((1,), NO_GROUP, dtype=torch.int64, device=hidden.device)
     wide = min(1024, triton.next_power_of_2(dim))
     if tokens:
         grid = (triton.cdiv(tokens, TOKENS_AT_ONCE),)
         sq_norm_kernel[grid](
-            hidden, sq_norm, bad_token, tokens, DIM=dim, T=TOKENS_AT_ONCE, D=min(wide, 128)
+            hidden,
+            sq_norm,
+            exponent,
+            bad_token,
+            tokens,
+            DIM=dim,
+            T=TOKENS_AT_ONCE,
+            D=min(wide, 128),
         )
     if rollouts:
         rollout_norm_kernel[rollouts,](sq_norm, tables.rollouts, rollout_norm, T=1024)
-    means, centered = new(groups, dim if center else 0), new(groups, dtype=torch.int32)
-    states = States(
-        hidden, sq_norm, means, centered, group_norm, rollout_norm, bad_token, unfit_group
-    )
+    centers = new(groups, dim if center else 0)
+    states = States(hidden, sq_norm, centers, group_norm, rollout_norm, bad_token, unfit_group)
     if not groups:
         return states
     members = tables.rollouts, tables.first_member, tables.members
     group_norm_kernel[groups,](rollout_norm, *members, group_norm, unfit_group, *norm_range)
     if not center:
         return states
-    slices = triton.cdiv(dim, DIMS)
-    sums = new(rollouts, dim)
-    sum_kernel[rollouts, slices](
-        hidden, tables.rollouts, sums, OF_SPANS=False, DIM=dim, T=TOKENS_AT_ONCE, D=DIMS
+    task = tables.rollouts, tables.tokens.first, rollouts
+    total, slices = tables.tokens.total, triton.cdiv(dim, DIMS)
+    counts = torch.zeros(groups * EXPONENTS.value, dtype=torch.int32, device=hidden.device)
+    count_kernel[total,](exponent, *task, counts, T=TOKENS)
+    sums = torch.zeros(groups * dim, dtype=torch.int64, device=hidden.device)
+    center_sum_kernel[total, slices](
+        hidden, exponent, *task, counts, sums, DIM=dim, T=TOKENS, AT_ONCE=TOKENS_AT_ONCE, D=DIMS
     )
-    center_kernel[groups, slices](sums, *members, means, DIM=dim, D=DIMS)
-    # centred, then rounded: worse than not centred. float32 is not rounded, so always centre
-    share = -1.0 if hidden.dtype == torch.float32 else _C.MEAN_SHARE
-    centered_kernel[groups,](means, group_norm, centered, share, DIM=dim, D=wide)
-    centered_sq_norm_kernel[tables.tokens.total,](
-        hidden, tables.rollouts, tables.tokens.first, rollouts, means, centered, sq_norm,
-        DIM=dim, T=TOKENS, D=min(wide, 32),
-    )  # fmt: skip
+    center_kernel[groups, slices](sums, counts, centers, DIM=dim, D=DIMS)
+    centered_sq_norm_kernel[total,](
+        hidden, *task, centers, sq_norm, DIM=dim, T=TOKENS, D=min(wide, 32)
+    )
     return states

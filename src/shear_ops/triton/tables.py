@@ -17,9 +17,11 @@ from .columns import (
     COL_SPANS,
     COL_TOKEN,
     COL_TOKENS,
+    COST_FLOATS,
     COST_OFFSET,
     LD,
     PAIR_OFFSET,
+    PLACES,
     ROLLOUT_BEGIN,
     ROLLOUT_END,
     ROLLOUT_GROUP,
@@ -30,11 +32,14 @@ from .columns import (
     SPAN_BEGIN,
     SPAN_END,
     SPAN_ROLLOUT,
+    STRETCH_BEGIN,
+    STRETCH_END,
+    STRETCH_TOKENS,
     Integers,
     named,
     rows,
 )
-from .tasks import COST_COLS, COST_ROWS, LINES, SPANS, TOKENS
+from .tasks import COST_COLS, COST_ROWS, LINES, ROUNDED, SPANS, TOKENS
 
 
 class Tasks(NamedTuple):
@@ -50,6 +55,8 @@ class Chunk:
 
     Attributes:
         blocks: (M, BLOCK), see columns.py.
+        stretches: (S, STRETCH), tokens whose int8 rows the chunk has; roundings: programs.
+        places: rows of the stretches.
         cost_tiles, row_lines, col_lines, row_means, col_means: programs of the launches.
         pairs: of the blocks; pairs.total of them are in the chunk.
         first_touching, touching: for every rollout, the blocks that it is part of, as
@@ -58,6 +65,9 @@ class Chunk:
     """
 
     blocks: Tensor
+    stretches: Tensor
+    roundings: Tasks
+    places: int
     cost_tiles: Tasks
     row_lines: Tasks
     col_lines: Tasks
@@ -72,10 +82,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Tables:
-    """All of a call; `host` is what _C.make_plan returned."""
+    """All of a call; `host` is what _C.make_plan returned.
+
+    Attributes:
+        correct: (B,) 1 for rollouts whose spans are rows of pairs.
+        self_chunks: of spans with themselves.
+        second: a chunk of the second look but for the spans (see second_pairs), or None.
+    """
 
     host: dict[str, Any]
     rollouts: Tensor
+    correct: Tensor
     spans: Tensor
     groups: int
     first_member: Tensor
@@ -83,11 +100,17 @@ class Tables:
     tokens: Tasks
     chunks: list[Chunk]
     self_chunks: list[Chunk]
+    second: Chunk | None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an int8 row, 0 if states are not rounded."""
+        return int(self.host["row_bytes"])
 
     @property
     def longest(self) -> int:
         """Tokens of the longest span."""
-        return int(_sizes(self.host["spans"]).max(initial=0))
+        return _longest(self.host["spans"])
 
 
 class Upload:
@@ -127,6 +150,14 @@ def _sizes(spans: Integers) -> Integers:
     return spans[:, SPAN_END] - spans[:, SPAN_BEGIN]
 
 
+def _longest(spans: Integers) -> int:
+    return int(_sizes(spans).max(initial=0))
+
+
+NO_STRETCHES = rows("stretch", group=(nothing := np.zeros(0, np.int64)), token=nothing,
+                    tokens=nothing, place=nothing)  # fmt: skip
+
+
 class _Programs:
     """Tasks before their upload."""
 
@@ -139,15 +170,17 @@ class _Programs:
 
 
 def _chunk(
-    blocks: Integers, row_of: Integers, col_of: Integers, rollouts: int, upload: Upload
-) -> Callable[[Tensor], Chunk]:
+    blocks: Integers, row_of: Integers, col_of: Integers, rollouts: int, upload: Upload,
+    stretches: Integers = NO_STRETCHES, places: int = 0,
+) -> Callable[[Tensor], Chunk]:  # fmt: skip
     """Prepare a chunk of blocks; row_of and col_of are their rollouts."""
     pairs = blocks[:, ROW_SPANS] * blocks[:, COL_SPANS]
     sides = np.concatenate([row_of, col_of])
     entries = np.concatenate([2 * np.arange(len(blocks)), 2 * np.arange(len(blocks)) + 1])
     order = np.lexsort((entries, sides))
-    table = upload.add(blocks)
+    table, rounded = upload.add(blocks), upload.add(stretches)
     programs = {
+        "roundings": _tiles(stretches[:, STRETCH_TOKENS], ROUNDED),
         "cost_tiles": _tiles(blocks[:, ROW_TOKENS], COST_ROWS)
         * _tiles(blocks[:, COL_TOKENS], COST_COLS),
         "row_lines": _tiles(blocks[:, ROW_TOKENS], LINES),
@@ -165,12 +198,19 @@ def _chunk(
 
     def on(whole: Tensor) -> Chunk:
         return Chunk(
-            table(whole), **{name: t.on(whole) for name, t in tasks.items()},
+            table(whole), rounded(whole), places=places,
+            **{name: t.on(whole) for name, t in tasks.items()},
             first_touching=first_touching(whole), touching=touching(whole), cost_floats=costs,
             window_floats=max(row_floats, col_floats),
         )  # fmt: skip
 
     return on
+
+
+def _alone(blocks: Integers, upload: Upload) -> Callable[[Tensor], Chunk]:
+    """Prepare a chunk whose blocks are of no rollouts."""
+    none = np.zeros(len(blocks), np.int64)
+    return _chunk(blocks, none, none, 1, upload)
 
 
 def _col_floats(blocks: Integers) -> Integers:
@@ -195,21 +235,27 @@ def blocks_of_spans(
     return rows(
         "block", row_span=row_span, row_spans=one, col_span=col_span, col_spans=one,
         row_token=spans[row_span, SPAN_BEGIN], row_tokens=row_tokens,
-        col_token=spans[col_span, SPAN_BEGIN], col_tokens=col_tokens,
-        row_offset=_offsets(row_tokens)[:-1], col_offset=_offsets(col_tokens)[:-1], **columns,
+        col_token=spans[col_span, SPAN_BEGIN], col_tokens=col_tokens, row_place=0 * one,
+        col_place=0 * one, row_offset=_offsets(row_tokens)[:-1],
+        col_offset=_offsets(col_tokens)[:-1], **columns,
     )  # fmt: skip
 
 
-SLICE = 2**24  # token costs of spans with themselves that are in memory at the same time
+SLICE = 2**24  # token costs of single pairs of spans that are in memory at the same time
+
+
+def _taking_part(plan: dict[str, Any]) -> Integers:
+    """Spans of rollouts with an opposing set."""
+    group = plan["rollouts"][plan["spans"][:, SPAN_ROLLOUT], ROLLOUT_GROUP]
+    return np.flatnonzero(group >= 0)
 
 
 def self_pairs(plan: dict[str, Any]) -> list[Integers]:
     """Blocks of spans against themselves, chunk by chunk; those that take no part are left out."""
-    spans = plan["spans"]
-    group = plan["rollouts"][spans[:, SPAN_ROLLOUT], ROLLOUT_GROUP]
-    some = np.flatnonzero(group >= 0)
+    spans, some = plan["spans"], _taking_part(plan)
     if not len(some):
         return []
+    group = plan["rollouts"][spans[:, SPAN_ROLLOUT], ROLLOUT_GROUP]
     sizes = _sizes(spans[some])
     at_once = max(1, SLICE // int(sizes.max()) ** 2)
     chunks = []
@@ -220,6 +266,27 @@ def self_pairs(plan: dict[str, Any]) -> list[Integers]:
             part, part, spans, group=group[part], ld=size, cost_offset=offset, pair_offset=part,
         ))  # fmt: skip
     return chunks
+
+
+def second_pairs(plan: dict[str, Any]) -> Integers:
+    """Blocks of the second look at every span's nearest span, a pair each, as many as fit.
+
+    Each has room for the longest spans. Which spans they are is known on the device; until then
+    they are of a group after the last one, which has no scale: nothing is computed.
+    """
+    count, longest = len(plan["spans"]), _longest(plan["spans"][_taking_part(plan)])
+    of_first_look = int(plan["chunks"][:, COST_FLOATS].max())
+    fit = max(1, max(SLICE, of_first_look) // longest**2)
+    looks = -(-count // fit)
+    index = np.arange(-(-count // looks))
+    zero = 0 * index
+    size = zero + longest
+    return rows(
+        "block", group=zero + plan["groups"], row_span=zero, row_spans=zero + 1, col_span=zero,
+        col_spans=zero + 1, row_token=zero, row_tokens=size, col_token=zero, col_tokens=size,
+        ld=size, cost_offset=longest**2 * index, row_offset=longest * index,
+        col_offset=longest * index, pair_offset=index, row_place=zero, col_place=zero,
+    )  # fmt: skip
 
 
 def pairs_of_spans(chunk: Integers) -> Integers:
@@ -242,8 +309,11 @@ def tables_of(
     upload = Upload()
     groups = rollouts[:, ROLLOUT_GROUP]
     members = np.argsort(groups, kind="stable")[int((groups < 0).sum()) :]
+    correct = np.zeros(len(rollouts), np.int64)
+    correct[spans[plan["blocks"][:, ROW_SPAN], SPAN_ROLLOUT]] = 1
     found = [upload.add(a) for a in (
-        rollouts, spans, _offsets(np.bincount(groups[members], minlength=plan["groups"])), members,
+        rollouts, correct, spans, _offsets(np.bincount(groups[members], minlength=plan["groups"])),
+        members,
     )]  # fmt: skip
     lengths = rollouts[:, ROLLOUT_END] - rollouts[:, ROLLOUT_BEGIN]
     tokens = _Programs(_tiles(lengths, TOKENS), upload)
@@ -253,16 +323,19 @@ def tables_of(
         row_of, col_of = (spans[blocks[:, side], SPAN_ROLLOUT] for side in (ROW_SPAN, COL_SPAN))
         if of_means:
             blocks = pairs_of_spans(blocks)
-        chunks.append(_chunk(blocks, row_of, col_of, len(rollouts), upload))
-    own = [
-        _chunk(blocks, none := np.zeros(len(blocks), np.int64), none, 1, upload)
-        for blocks in (self_pairs(plan) if with_self else [])
-    ]
+        stretches = plan["stretches"][chunk[STRETCH_BEGIN] : chunk[STRETCH_END]]
+        chunks.append(_chunk(
+            blocks, row_of, col_of, len(rollouts), upload, stretches, int(chunk[PLACES])
+        ))  # fmt: skip
+    own = [_alone(blocks, upload) for blocks in (self_pairs(plan) if with_self else [])]
+    looks_again = plan["row_bytes"] > 0 and len(plan["chunks"]) > 0
+    second = _alone(second_pairs(plan), upload) if looks_again else None
     whole = upload.to(device)
     on = [f(whole) for f in found]
     return Tables(
-        plan, on[0], on[1], plan["groups"], on[2], on[3], tokens.on(whole),
+        plan, on[0], on[1], on[2], plan["groups"], on[3], on[4], tokens.on(whole),
         [on_device(whole) for on_device in chunks], [on_device(whole) for on_device in own],
+        second(whole) if second else None,
     )  # fmt: skip
 
 
@@ -279,10 +352,11 @@ def problem_tables(
     )  # fmt: skip
     upload = Upload()
     table = upload.add(spans)
-    chunk = _chunk(blocks, 0 * index, 0 * index, 1, upload)
+    chunk = _alone(blocks, upload)
     empty = upload.add(np.zeros(2, np.int64))
     whole = upload.to(device)
     none = empty(whole)
     return Tables(
-        {"spans": spans}, none, table(whole), 1, none, none, Tasks(none, 0), [chunk(whole)], []
-    )
+        {"spans": spans}, none, none, table(whole), 1, none, none, Tasks(none, 0), [chunk(whole)],
+        [], None,
+    )  # fmt: skip

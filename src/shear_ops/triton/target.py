@@ -24,7 +24,6 @@ class Target:
             are as good as float32, on tensor cores.
         shared: bytes of shared memory that a program may take.
         extra_stages: of a pipelined loop, that take no shared memory.
-        upcast: the interpreter multiplies the bit patterns of bfloat16.
     """
 
     processors: int
@@ -32,7 +31,6 @@ class Target:
     precision: str
     shared: int
     extra_stages: int
-    upcast: bool
 
     def stages(self, bytes_each: int) -> int:
         """Return how many steps of a loop over operands of so many bytes can be under way."""
@@ -46,12 +44,12 @@ KIB = 1024
 def target_of(device: torch.device) -> Target:
     """Return the facts of a device; on the CPU, those of Triton's interpreter."""
     if INTERPRETED or device.type == "cpu":
-        return Target(1, False, "ieee", 64 * KIB, 0, True)
+        return Target(1, False, "ieee", 64 * KIB, 0)
     facts = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
     count, shared = facts["multiprocessor_count"], facts["max_shared_mem"]
     if device.type == "cuda" and not torch.version.hip:
-        return Target(count, True, "tf32x3", shared, 0, False)
-    return Target(count, False, "ieee", shared, 1, False)
+        return Target(count, True, "tf32x3", shared, 0)
+    return Target(count, False, "ieee", shared, 1)
 
 
 @triton.jit

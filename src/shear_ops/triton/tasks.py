@@ -12,6 +12,7 @@ COST_ROWS, COST_COLS = 128, 256  # of token costs
 LINES = 32  # rows or columns of token costs whose windows are reduced
 SPANS = 32  # pairs of one span with others
 TOKENS = 128  # of one rollout
+ROUNDED = 32  # tokens whose int8 rows are made
 
 
 @triton.jit

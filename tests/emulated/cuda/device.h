@@ -51,39 +51,37 @@ inline void load_matrices(const void* row, uint32_t (&out)[4]) {
   const int lane = emulated::current % 32, first = emulated::current / 32 * 32;
   if (reinterpret_cast<uintptr_t>(row) % 16) emulated::fail("a matrix row is not aligned");
   const auto address = reinterpret_cast<uint64_t>(row);
-  emulated::exchange[emulated::current] = address;
+  uint64_t* const place = emulated::exchange[emulated::turn()];
+  place[emulated::current] = address;
   emulated::meet(emulated::own_warp());
   for (int matrix = 0; matrix < 4; ++matrix) {
-    const auto* from =
-        reinterpret_cast<const char*>(emulated::exchange[first + 8 * matrix + lane / 4]);
+    const auto* from = reinterpret_cast<const char*>(place[first + 8 * matrix + lane / 4]);
     std::memcpy(&out[matrix], from + 4 * (lane % 4), 4);
   }
-  emulated::meet(emulated::own_warp());
 }
 
 // kWords: numbers in a 32-bit word. c += a b, the products added one after the other.
-template <int kWords, typename Value>
-void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+template <int kWords, typename Sum, typename Value>
+void multiply_fragments(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                         const Value& value) {
-  static uint32_t b[emulated::kMostThreads][2];
   const int lane = emulated::current % 32, first = emulated::current / 32 * 32;
-  std::memcpy(emulated::words[emulated::current], a, sizeof a);
-  b[emulated::current][0] = b0;
-  b[emulated::current][1] = b1;
+  auto* const place = emulated::words[emulated::turn()];
+  std::memcpy(place[emulated::current], a, sizeof a);
+  place[emulated::current][4] = b0;
+  place[emulated::current][5] = b1;
   emulated::meet(emulated::own_warp());
   const int row = lane / 4;
   for (int k = 0; k < 4; ++k) {
     const int high = k / 2, col = 2 * (lane % 4) + k % 2;
-    float sum = c[k];
+    Sum sum = c[k];
     for (int half = 0; half < 2; ++half)
       for (int word = 0; word < 4; ++word) {
-        const uint32_t x = emulated::words[first + 4 * row + word][2 * half + high];
-        const uint32_t y = b[first + 4 * col + word][half];
+        const uint32_t x = place[first + 4 * row + word][2 * half + high];
+        const uint32_t y = place[first + 4 * col + word][4 + half];
         for (int w = 0; w < kWords; ++w) sum += value(x, w) * value(y, w);
       }
     c[k] = sum;
   }
-  emulated::meet(emulated::own_warp());
 }
 inline void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply_fragments<2>(c, a, b0, b1, [](uint32_t x, int w) {
@@ -93,6 +91,11 @@ inline void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 inline void multiply_float16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply_fragments<2>(c, a, b0, b1, [](uint32_t x, int w) {
     return half_value(static_cast<uint16_t>(x >> (16 * w)));
+  });
+}
+inline void multiply_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_fragments<4>(c, a, b0, b1, [](uint32_t x, int w) {
+    return static_cast<int32_t>(static_cast<int8_t>(x >> (8 * w)));
   });
 }
 inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
