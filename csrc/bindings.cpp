@@ -217,7 +217,7 @@ py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int
                                                    .aggregation = aggregation,
                                                    .every_pair = every_pair});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
-  const int64_t row_bytes = shear::row_bytes(config, dim);
+  const int64_t row_bytes = shear::device_row_bytes(config, dim);
   const shear::Chunks plan =
       shear::make_chunks(problem, config, row_bytes, {shear::kDeviceChunkBytes, bytes_per_pair});
   std::vector<shear::Block> blocks;
@@ -291,7 +291,7 @@ py::tuple int8_rows(const py::array_t<float, py::array::c_style | py::array::for
                                 std::to_string(shear::kLeastRoundedDim) + ", " +
                                 std::to_string(shear::kMostRoundedDim) + "]");
   const int64_t tokens = states.shape(0), dim = states.shape(1);
-  const shear::Config config = shear::make_config({});
+  const shear::Config config = shear::make_config({.span = shear::kLeastRoundedSpan});
   const shear::Problem problem = shear::make_pair_problem(1, tokens - 1, config);
   py::array_t<int8_t> rows({tokens, shear::rounded_depth(dim)});
   py::array_t<float> scale(tokens), center(dim);
@@ -316,6 +316,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
   m.attr("NEAR_ROUNDED") = shear::kNearRounded;
   m.def("int8_rows", &int8_rows, py::arg("states"));
+  m.def("round_on_devices", [](bool on) { shear::device_rounds = on; }, py::arg("on"));
   m.attr("LEAST_ROLLOUT_NORM") = shear::kLeastRolloutNorm;
   m.attr("MOST_NORM") = shear::kMostNorm;
   m.attr("LEAST_NORM") = shear::kLeastNorm;

@@ -60,7 +60,19 @@ class Planner {
     }
   }
 
-  Chunks take() { return std::move(plan_); }
+  Chunks take() {
+    // each part of the workspace is as large as the largest chunk's
+    int64_t costs = 0, rows = 0, places = 0, pairs = 0;
+    for (const Chunk& chunk : plan_.chunks) {
+      costs = std::max(costs, chunk.cost_floats);
+      rows = std::max(rows, chunk.row_floats);
+      places = std::max(places, chunk.places);
+      pairs = std::max(pairs, chunk.pairs);
+    }
+    plan_.peak_bytes =
+        4 * (costs + rows) + rounded_bytes_ * places + budget_.bytes_per_pair * pairs;
+    return std::move(plan_);
+  }
 
  private:
   int64_t block_bytes(int64_t row_tokens, int64_t col_tokens, int64_t row_spans,
@@ -126,7 +138,6 @@ class Planner {
     chunk.pairs += block.pairs();
     chunk.blocks.push_back(block);
     bytes_ += bytes;
-    plan_.peak_bytes = std::max(plan_.peak_bytes, bytes_);
     plan_.pairs += block.pairs();
     plan_.token_pairs += block.row_tokens * block.col_tokens;
   }

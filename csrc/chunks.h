@@ -53,7 +53,7 @@ struct Chunks {
   std::vector<Chunk> chunks;
   int64_t pairs = 0;        // span pairs of all chunks
   int64_t token_pairs = 0;  // token costs of all chunks
-  int64_t peak_bytes = 0;   // of the largest chunk
+  int64_t peak_bytes = 0;   // of room for any chunk
 };
 
 // What one chunk may take, and what a span pair takes of it.

@@ -50,7 +50,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     torch_dir = Path(torch.__file__).parent
     flags = (
         f"-x c++ -O2 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Werror "
-        f"-Wno-unknown-pragmas -DSHEAR_DEVICE_CHUNK_BYTES=65536 "
+        f"-Wno-unknown-pragmas -DSHEAR_DEVICE_CHUNK_BYTES=65536 -DSHEAR_DEVICE_ROUNDS=true "
         f"-DTORCH_TARGET_VERSION=0x020a000000000000 -Itests/emulated -Icsrc "
         f"-isystem {torch_dir}/include"
     ).split()

@@ -162,3 +162,21 @@ def test_distances_carry_no_rounding(dim: int, dtype: torch.dtype) -> None:
         value = float(reference.sinkhorn(cost, reg=eps).value)
         assert abs(float(found.distance[s]) - value) <= 2e-3 * max(value, eps)
     assert (found.distance >= exact.distance - 2e-3 * exact.distance.clamp(min=eps)).all()
+
+
+@pytest.mark.parametrize("dim", [65, 128, 384])
+def test_rounding_that_shows_is_noticed(dim: int) -> None:
+    """Spans of one token: no average hides the error of a cost, 1e-2 without the check."""
+    labels = torch.arange(48) % 2
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        words = torch.randn(3, dim, generator=g)
+        x = words[torch.randint(3, (48,), generator=g)] + 0.3 * torch.randn(48, dim, generator=g)
+        found = shear_ops.span_distances(
+            x, cu_seqlens=torch.arange(49), group_ids=0 * labels, labels=labels
+        )
+        cost = reference.token_cost(x.double(), x.double())
+        cost[labels[:, None] == labels] = float("inf")
+        least = cost.amin(1)
+        eps = 0.03 * float(x.double().norm(dim=1).mean())
+        assert ((found.distance - least).abs() <= 2e-3 * least.clamp(min=eps)).all()

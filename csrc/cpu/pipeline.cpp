@@ -9,6 +9,14 @@
 
 namespace shear::cpu {
 
+namespace {
+
+constexpr uint32_t kNothing = 0x7f800000u;  // bits of +inf
+
+Nearest nothing_found() { return {.distance = std::numeric_limits<float>::infinity(), .span = -1}; }
+
+}  // namespace
+
 Pipeline::Pipeline(const States& states, const Problem& problem, const Config& config)
     : states_(states),
       problem_(problem),
@@ -16,8 +24,7 @@ Pipeline::Pipeline(const States& states, const Problem& problem, const Config& c
       kernels_(kernels()),
       plan_(make_plan(problem, config, states.dim, threads())),
       workers_(plan_.scratch_floats),
-      nearest_(problem.spans.size(),
-               Nearest{.distance = std::numeric_limits<float>::infinity(), .span = -1}) {
+      nearest_(problem.spans.size(), nothing_found()) {
   measure_norms();
 }
 
@@ -61,22 +68,32 @@ void Pipeline::token_costs(const Chunk& chunk, const Rows& rows, float* costs) c
 
 void Pipeline::run(float* matrix) {
   counts_ = {.total = plan_.chunks.pairs};
-  best_.assign(problem_.spans.size(), 0x7f800000u);  // +inf
-  int64_t cost_floats = 0, row_floats = 0, places = 0;
-  for (const Chunk& chunk : plan_.chunks.chunks) {
-    cost_floats = std::max(cost_floats, chunk.cost_floats);
-    row_floats = std::max(row_floats, chunk.row_floats);
-    places = std::max(places, chunk.places);
-  }
+  best_.assign(problem_.spans.size(), kNothing);
   if (config_.distance == Distance::kCosine)
     span_means();
   else
     center_groups();
   if (config_.distance == Distance::kMmd) self_similarities();
-  look(cost_floats, row_floats, places, matrix);
-  if (plan_.row_bytes > 0) look_again();
+  look(nullptr, matrix);
+  if (plan_.row_bytes > 0) look_exactly(look_again());
   finish_means();
   warn_of_stopped(counts_.stopped, counts_.solved, config_.n_iters);
+}
+
+// The groups whose rounding showed, once more from float32 products. Counts of pairs stay those of
+// the first look, but for what is stopped.
+void Pipeline::look_exactly(const std::vector<char>& groups) {
+  if (std::find(groups.begin(), groups.end(), 1) == groups.end()) return;
+  for (size_t s = 0; s < problem_.spans.size(); ++s) {
+    const int64_t group = problem_.rollouts[problem_.spans[s].rollout].group;
+    if (group < 0 || !groups[group]) continue;
+    best_[s] = kNothing;
+    nearest_[s] = nothing_found();
+  }
+  PairCounts counts = counts_;
+  look(&groups, nullptr);
+  counts.stopped = counts_.stopped;
+  counts_ = counts;
 }
 
 void Pipeline::int8_rows(int8_t* rows, float* scale, float* center) {
@@ -88,10 +105,25 @@ void Pipeline::int8_rows(int8_t* rows, float* scale, float* center) {
   std::copy(center_.begin(), center_.end(), center);
 }
 
-void Pipeline::look(int64_t cost_floats, int64_t row_floats, int64_t places, float* matrix) {
-  const RowBuffer rounded(plan_.row_bytes, places);
-  const Buffer costs = make_buffer(cost_floats), windows = make_buffer(row_floats);
+// groups: which are looked at, from float32 products; null: all, from int8 rows if there are any.
+void Pipeline::look(const std::vector<char>* groups, float* matrix) {
+  int64_t cost_floats = 0, row_floats = 0, places = 0;
   for (const Chunk& chunk : plan_.chunks.chunks) {
+    cost_floats = std::max(cost_floats, chunk.cost_floats);
+    row_floats = std::max(row_floats, chunk.row_floats);
+    places = std::max(places, chunk.places);
+  }
+  const RowBuffer rounded(groups ? 0 : plan_.row_bytes, places);
+  const Buffer costs = make_buffer(cost_floats), windows = make_buffer(row_floats);
+  Chunk some;
+  for (const Chunk& planned : plan_.chunks.chunks) {
+    if (groups) {
+      some = planned;
+      some.stretches.clear();
+      std::erase_if(some.blocks, [&](const Block& block) { return !(*groups)[block.group]; });
+      if (some.blocks.empty()) continue;
+    }
+    const Chunk& chunk = groups ? some : planned;
     Pairs pairs(chunk.pairs);
     if (config_.distance == Distance::kCosine) {
       cosine_distances(chunk, pairs.value.data());

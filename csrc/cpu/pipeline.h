@@ -90,7 +90,8 @@ class Pipeline {
   double eps(int64_t group) const;
   // pipeline.cpp
   void token_costs(const Chunk& chunk, const Rows& rows, float* costs) const;
-  void look(int64_t cost_floats, int64_t row_floats, int64_t places, float* matrix);
+  void look(const std::vector<char>* groups, float* matrix);
+  void look_exactly(const std::vector<char>& groups);
   void costs_of(const CostTile& tile) const;
   void copy_distances(const Chunk& chunk, const Pairs& pairs, float* matrix) const;
   // bounds.cpp
@@ -104,7 +105,7 @@ class Pipeline {
   std::vector<uint32_t> queue(const Chunk& chunk, const std::vector<float>& bounds) const;
   void solve(const Chunk& chunk, const float* costs, Pairs& pairs);
   // second_look.cpp
-  void look_again();
+  std::vector<char> look_again();
   // nearest.cpp
   void collect(const Chunk& chunk, const Pairs& pairs);
   void finish_means();

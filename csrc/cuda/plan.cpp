@@ -183,7 +183,7 @@ SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pair
 DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
                             const Device& device) {
   DevicePlan out{};
-  out.row_bytes = row_bytes(config, dim);
+  out.row_bytes = device_row_bytes(config, dim);
   out.plan = make_chunks(problem, config, out.row_bytes, kBudget);
   out.column_minima = config.stride >= kLeastStrip;
   out.strip = std::max(config.stride, kLeastStrip);

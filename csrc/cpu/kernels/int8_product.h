@@ -5,7 +5,7 @@
 //   SHEAR_VNNI   dot products of four bytes, unsigned times signed; 512 or 256 bits wide
 //   otherwise    dot products of two 16-bit words: SSE2, AVX2, AVX-512BW, or plain C++
 //
-// (AMX has tiles: csrc/cpu/kernels/token_cost.cpp.)
+// (AMX has tiles: csrc/cpu/kernels/token_cost_int8.cpp.)
 #pragma once
 #ifdef SHEAR_EMULATED
 #include "emulated.h"  // the same instructions in plain C++, to test this file on any machine

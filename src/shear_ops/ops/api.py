@@ -47,8 +47,9 @@ class SpanDistances(NamedTuple):
             set for aggregation="mean"); inf where the opposing set is empty. In units of a token
             cost: not yet divided by the mean norm.
         nearest: (K,) int64, index of that span among the K, -1 where there is none. Spans are
-            compared by costs from states rounded to int8, to 1e-3 of D: of two that are nearer to
-            each other than that, either may be chosen. The distance itself is not rounded.
+            compared by costs from states rounded to int8, to about 1e-3 of D (docs/method.md): of
+            two whose distances differ by less, either may be chosen. The distance itself is not
+            rounded.
         residual: (K,) float32, L1 marginal error of that span pair.
         iterations: (K,) int32, Sinkhorn iterations of that span pair; n_iters means that it was
             stopped there, and its distance may be off by more than 2e-3. A span whose own pair
