@@ -6,6 +6,11 @@
 #pragma once
 #include <cstdint>
 
+#if SHEAR_WIDTH == 16 && !defined(SHEAR_EMULATED)
+#define SHEAR_AVX512
+#include <immintrin.h>
+#endif
+
 namespace shear::cpu::SHEAR_ISA {
 
 constexpr int kWidth = SHEAR_WIDTH;
@@ -104,10 +109,14 @@ inline void transpose(Vec (&rows)[kWidth]) {
 // 2^x to 2e-7 relative for x <= 0; below 2^-96, where nothing is left of a plan, it stays at 2^-96
 // and so keeps products clear of slow subnormal numbers.
 inline Vec exp2(Vec x) {
-  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   x = max(x, broadcast(-96.f));
+#ifdef SHEAR_AVX512
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);  // [-0.5, 0.5]
+#else
+  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);  // [-0.5, 0.5]
+#endif
   // minimax polynomial of 2^f, degree 5
   Vec p = broadcast(1.327647152e-3f);
   p = p * f + 9.675541331e-3f;
@@ -115,7 +124,11 @@ inline Vec exp2(Vec x) {
   p = p * f + 2.402211972e-1f;
   p = p * f + 6.931469671e-1f;
   p = p * f + 1.000000072f;
+#ifdef SHEAR_AVX512
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+#else
   return (Vec)((VecI)p + ((VecI)shifted << 23));
+#endif
 }
 
 // log2(x) to 2e-7 absolute or relative, whichever is larger, for normal x > 0.
