@@ -28,56 +28,65 @@ V relax(V scaling, V y) {
   return scaling / power;
 }
 
-inline Vec4 quarter_sums(Vec a) {
+// The lanes of each of kGroup vectors to one number, by an operation like the sum: halves of two
+// vectors become one vector, until one is left.
+template <typename Operation>
+Group reduce_rows(const Vec (&rows)[kGroup], const Operation& of) {
+  Vec four[4], two[2];
 #if SHEAR_WIDTH == 4
-  return a;
+  for (int k = 0; k < 4; ++k) {
+    const Vec a = rows[2 * k], b = rows[2 * k + 1];
+    four[k] =
+        of(__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7));
+  }
+  for (int k = 0; k < 2; ++k) {
+    const Vec a = four[2 * k], b = four[2 * k + 1];
+    two[k] =
+        of(__builtin_shufflevector(a, b, 0, 2, 4, 6), __builtin_shufflevector(a, b, 1, 3, 5, 7));
+  }
+  return __builtin_shufflevector(two[0], two[1], 0, 1, 2, 3, 4, 5, 6, 7);
 #elif SHEAR_WIDTH == 8
-  return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  for (int k = 0; k < 4; ++k) {
+    const Vec a = rows[k], b = rows[k + 4];
+    four[k] = of(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11),
+                 __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+  for (int k = 0; k < 2; ++k) {
+    const Vec a = four[k], b = four[k + 2];
+    two[k] = of(__builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13),
+                __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
+  }
+  const Vec all = of(__builtin_shufflevector(two[0], two[1], 0, 2, 8, 10, 4, 6, 12, 14),
+                     __builtin_shufflevector(two[0], two[1], 1, 3, 9, 11, 5, 7, 13, 15));
+  return __builtin_shufflevector(all, all, 0, 2, 1, 3, 4, 6, 5, 7);
 #else
-  return (__builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7)) +
-         (__builtin_shufflevector(a, a, 8, 9, 10, 11) +
-          __builtin_shufflevector(a, a, 12, 13, 14, 15));
+  for (int k = 0; k < 4; ++k) {
+    const Vec a = rows[k], b = rows[k + 4];
+    four[k] =
+        of(__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
+                                   31));
+  }
+  for (int k = 0; k < 2; ++k) {
+    const Vec a = four[k], b = four[k + 2];
+    two[k] = of(
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+        __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+  }
+  const Vec a = two[0], b = two[1];
+  const Vec all =
+      of(__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+         __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  const Vec each = of(
+      all, __builtin_shufflevector(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return __builtin_shufflevector(each, each, 0, 2, 8, 10, 4, 6, 12, 14);
 #endif
 }
-
-inline Vec4 row_sums(Vec a, Vec b, Vec c, Vec d) {
-  const Vec4 qa = quarter_sums(a), qb = quarter_sums(b), qc = quarter_sums(c), qd = quarter_sums(d);
-  const Vec4 ab =
-      __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
-  const Vec4 cd =
-      __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-
-inline Vec4 smaller(Vec4 a, Vec4 b) { return a < b ? a : b; }
-inline Vec4 quarter_minima(Vec a) {
-#if SHEAR_WIDTH == 4
-  return a;
-#elif SHEAR_WIDTH == 8
-  return smaller(__builtin_shufflevector(a, a, 0, 1, 2, 3),
-                 __builtin_shufflevector(a, a, 4, 5, 6, 7));
-#else
-  return smaller(
-      smaller(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7)),
-      smaller(__builtin_shufflevector(a, a, 8, 9, 10, 11),
-              __builtin_shufflevector(a, a, 12, 13, 14, 15)));
-#endif
-}
-
-inline Vec4 row_minima(Vec a, Vec b, Vec c, Vec d) {
-  const Vec4 qa = quarter_minima(a), qb = quarter_minima(b), qc = quarter_minima(c),
-             qd = quarter_minima(d);
-  const Vec4 ab = smaller(__builtin_shufflevector(qa, qb, 0, 4, 1, 5),
-                          __builtin_shufflevector(qa, qb, 2, 6, 3, 7));
-  const Vec4 cd = smaller(__builtin_shufflevector(qc, qd, 0, 4, 1, 5),
-                          __builtin_shufflevector(qc, qd, 2, 6, 3, 7));
-  return smaller(__builtin_shufflevector(ab, cd, 0, 1, 4, 5),
-                 __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+inline Group row_sums(const Vec (&rows)[kGroup]) {
+  return reduce_rows(rows, [](Vec a, Vec b) { return a + b; });
 }
 inline Group row_minima(const Vec (&rows)[kGroup]) {
-  return __builtin_shufflevector(row_minima(rows[0], rows[1], rows[2], rows[3]),
-                                 row_minima(rows[4], rows[5], rows[6], rows[7]), 0, 1, 2, 3, 4, 5,
-                                 6, 7);
+  return reduce_rows(rows, [](Vec a, Vec b) { return min(a, b); });
 }
 
 inline Vec4 load4(const float* p) {
@@ -103,8 +112,7 @@ inline Group multiply(const float* k, const float* v, int64_t columns) {
 #pragma GCC unroll 8
     for (int r = 0; r < kGroup; ++r) s[r] += load(k + r * kWidth) * x;
   }
-  return __builtin_shufflevector(row_sums(s[0], s[1], s[2], s[3]), row_sums(s[4], s[5], s[6], s[7]),
-                                 0, 1, 2, 3, 4, 5, 6, 7);
+  return row_sums(s);
 }
 
 // w += a group of rows, scaled by u.

@@ -191,7 +191,7 @@ class Engine {
     for (int64_t i = 0; i < rows_; i += 4) {
       const int64_t at = i / kGroup * kGroup * ld_ + i % kGroup * kWidth;
       const float *k = k_ + at, *cost = cost_ + at, *v = v_, *end = v + ld_;
-      Vec mass[4] = {}, paid[4] = {};
+      Vec sums[kGroup] = {}, *const mass = sums, *const paid = sums + 4;
       for (; v < end; v += kWidth, k += kGroup * kWidth, cost += kGroup * kWidth) {
         const Vec x = load(v);
 #pragma GCC unroll 4
@@ -202,8 +202,9 @@ class Engine {
         }
       }
       const Vec4 present = 1.f - load4(absent_row_ + i), u = present * load4(u_ + i);
-      const Vec4 spent = u * row_sums(paid[0], paid[1], paid[2], paid[3]);
-      const Vec4 missing = present - u * row_sums(mass[0], mass[1], mass[2], mass[3]);
+      const Group all = row_sums(sums);
+      const Vec4 spent = u * __builtin_shufflevector(all, all, 4, 5, 6, 7);
+      const Vec4 missing = present - u * __builtin_shufflevector(all, all, 0, 1, 2, 3);
       const Vec4 owed = missing * (load4(potential_ + i) - potential_[0]);
       for (int r = 0; r < 4; ++r) {
         value += static_cast<double>(spent[r]) + static_cast<double>(owed[r]);
