@@ -19,10 +19,10 @@ void pack_panel(const float* rows, int64_t stride, int64_t depth, float* panel) 
 }
 
 // out (rows, cols) = sums, added to what is there if asked. V: Vec or VecI; both are words.
-template <int kRows, typename V>
-void store_tile(const V (&sums)[kRows][2], bool accumulate, float* out, int64_t ld, int64_t rows,
-                int64_t cols) {
-  constexpr int kCols = 2 * kWidth;
+template <int kRows, int kVectors, typename V>
+void store_tile(const V (&sums)[kRows][kVectors], bool accumulate, float* out, int64_t ld,
+                int64_t rows, int64_t cols) {
+  constexpr int kCols = kVectors * kWidth;
   float corner[kRows * kCols];  // a tile that reaches beyond the last row or column
   const bool whole = rows == kRows && cols == kCols;
   float* to = whole ? out : corner;
@@ -32,9 +32,9 @@ void store_tile(const V (&sums)[kRows][2], bool accumulate, float* out, int64_t 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      float* p = to + r * step + half * kWidth;
-      store(p, accumulate ? (Vec)((V)load(p) + sums[r][half]) : (Vec)sums[r][half]);
+    for (int c = 0; c < kVectors; ++c) {
+      float* p = to + r * step + c * kWidth;
+      store(p, accumulate ? (Vec)((V)load(p) + sums[r][c]) : (Vec)sums[r][c]);
     }
   if (!whole)
     for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(out + r * ld, corner + r * kCols, 4 * cols);

@@ -29,20 +29,22 @@ void center_rows(const States& states, int64_t token, int64_t count, int64_t k0,
   }
 }
 
-// out (rows, cols) = [accumulate ? out : 0] + a (depth, kRows)^T b (depth, kCols)
+// out (rows, cols) = [accumulate ? out : 0] + a (depth, kRows)^T b (depth, kVectors * kWidth)
+template <int kVectors>
 void multiply(const float* a, const float* b, int64_t depth, bool accumulate, float* out,
               int64_t ld, int64_t rows, int64_t cols) {
-  Vec sums[kRows][2] = {};
+  Vec sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const Vec b0 = load(b + k * kCols), b1 = load(b + k * kCols + kWidth);
+    Vec y[kVectors];
+    for (int c = 0; c < kVectors; ++c) y[c] = load(b + (k * kVectors + c) * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Vec x = broadcast(a[k * kRows + r]);
-      sums[r][0] += x * b0;
-      sums[r][1] += x * b1;
+#pragma GCC unroll 2
+      for (int c = 0; c < kVectors; ++c) sums[r][c] += x * y[c];
     }
   }
-  store_tile<kRows>(sums, accumulate, out, ld, rows, cols);
+  store_tile(sums, accumulate, out, ld, rows, cols);
 }
 
 template <Dtype kDtype>
@@ -63,13 +65,19 @@ void token_cost_of(const CostTile& t) {
     for (int64_t i = 0; i < t.rows; i += kRows)
       pack.template operator()<kRows>(t.row + i, t.rows - i < kRows ? t.rows - i : kRows,
                                       a + i * depth);
+    const auto columns = [&]<int kVectors>(int64_t j, int64_t cols) {
+      pack.template operator()<kVectors * kWidth>(t.col + j, cols, b);
+      for (int64_t i = 0; i < t.rows; i += kRows)
+        multiply<kVectors>(a + i * depth, b, depth, k0 > 0, t.out + i * t.ld + j, t.ld,
+                           t.rows - i < kRows ? t.rows - i : kRows, cols);
+      if (k0 + left == t.states.dim) finish_costs<float>(t, j, j + cols, marked);
+    };
     for (int64_t j = 0; j < t.cols; j += kCols) {
       const int64_t cols = t.cols - j < kCols ? t.cols - j : kCols;
-      pack.template operator()<kCols>(t.col + j, cols, b);
-      for (int64_t i = 0; i < t.rows; i += kRows)
-        multiply(a + i * depth, b, depth, k0 > 0, t.out + i * t.ld + j, t.ld,
-                 t.rows - i < kRows ? t.rows - i : kRows, cols);
-      if (k0 + left == t.states.dim) finish_costs<float>(t, j, j + cols, marked);
+      if (cols > kWidth)
+        columns.template operator()<2>(j, cols);
+      else  // spans are short: a block half empty would show
+        columns.template operator()<1>(j, cols);
     }
   }
   repair(t, marked);

@@ -125,7 +125,7 @@ void multiply(const float* a, const float* b, const int32_t* first, int64_t word
       sums[r][1] = add_products(sums[r][1], b1, x);
     }
   }
-  store_tile<kRows>(sums, accumulate, out, ld, rows, cols);
+  store_tile(sums, accumulate, out, ld, rows, cols);
 }
 
 // Entries as words: four bytes are one as they are, two are widened.
