@@ -111,7 +111,8 @@ inline void transpose(Vec (&rows)[kWidth]) {
 inline Vec exp2(Vec x) {
   x = max(x, broadcast(-96.f));
 #ifdef SHEAR_AVX512
-  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);  // [-0.5, 0.5]
+  const Vec f =
+      (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);  // [-0.5, 0.5]
 #else
   const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec shifted = x + magic;
@@ -125,7 +126,7 @@ inline Vec exp2(Vec x) {
   p = p * f + 6.931469671e-1f;
   p = p * f + 1.000000072f;
 #ifdef SHEAR_AVX512
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(x - f));
 #else
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 #endif
