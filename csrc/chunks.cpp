@@ -153,23 +153,35 @@ class Planner {
 };
 
 // Throws std::invalid_argument on groups that would be cut into more blocks than a plan lists.
-void check_size(const Problem& problem, bool needs_costs, const Budget& budget) {
-  double rollout_pairs = 0, token_pairs = 0, pairs = 0;
+void check_size(const Problem& problem, const Config& config, int64_t row_bytes,
+                const Budget& budget) {
+  double rollout_pairs = 0, token_pairs = 0, tokens = 0, pairs = 0, span = 0;
   const auto sum = [&](const std::vector<int64_t>& side, int64_t (Rollout::*count)() const) {
     double total = 0;
     for (const int64_t i : side) total += static_cast<double>((problem.rollouts[i].*count)());
     return total;
   };
+  for (const Rollout& rollout : problem.rollouts)
+    span = std::max(span, static_cast<double>(longest_span(rollout.tokens(), config.span)));
   for (const Group& group : problem.groups) {
-    rollout_pairs +=
-        static_cast<double>(group.correct.size()) * static_cast<double>(group.incorrect.size());
-    token_pairs += sum(group.correct, &Rollout::tokens) * sum(group.incorrect, &Rollout::tokens);
+    const auto rows = static_cast<double>(group.correct.size()),
+               cols = static_cast<double>(group.incorrect.size());
+    const double row_tokens = sum(group.correct, &Rollout::tokens),
+                 col_tokens = sum(group.incorrect, &Rollout::tokens);
+    rollout_pairs += rows * cols;
+    token_pairs += row_tokens * col_tokens;
+    tokens += row_tokens * cols + col_tokens * rows;
     pairs += sum(group.correct, &Rollout::spans) * sum(group.incorrect, &Rollout::spans);
   }
-  const double bytes =
-      (needs_costs ? 4 * token_pairs : 0) + static_cast<double>(budget.bytes_per_pair) * pairs;
+  const auto chunk = static_cast<double>(budget.chunk_bytes),
+             rounded = static_cast<double>(rounded_bytes(row_bytes));
+  // int8 rows come again with every block: of columns that take a quarter of a chunk with one span,
+  // and of rows that take the rest
+  const double again = 16. / 3 * rounded * (rounded + 4 * span) / chunk;
+  const double bytes = (config.distance == Distance::kCosine ? 0 : (4 + again) * token_pairs) +
+                       rounded * tokens + static_cast<double>(budget.bytes_per_pair) * pairs;
   // blocks end where spans do: up to four times as many as their bytes ask for
-  if (rollout_pairs + 4 * bytes / static_cast<double>(budget.chunk_bytes) <= kMostBlocks) return;
+  if (rollout_pairs + 4 * bytes / chunk <= kMostBlocks) return;
   std::ostringstream text;
   text << "cu_seqlens must give fewer or shorter rollouts to a call, got " << rollout_pairs
        << " pairs of opposing rollouts with " << token_pairs << " token pairs and " << pairs
@@ -182,7 +194,7 @@ void check_size(const Problem& problem, bool needs_costs, const Budget& budget) 
 Chunks make_chunks(const Problem& problem, const Config& config, int64_t row_bytes,
                    const Budget& budget) {
   const bool needs_costs = config.distance != Distance::kCosine;
-  check_size(problem, needs_costs, budget);
+  check_size(problem, config, row_bytes, budget);
   Planner planner(problem, needs_costs, row_bytes, budget);
   for (size_t g = 0; g < problem.groups.size(); ++g)
     for (const int64_t i : problem.groups[g].correct)

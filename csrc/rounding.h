@@ -27,6 +27,10 @@ constexpr int64_t kLeastRoundedSpan = 16;
 // A second look that finds the distance of a nearest pair off by more, relative to the larger of it
 // and eps, does not trust the first: all of the group is computed again from a float32 product.
 constexpr float kMostRoundingError = 7e-4f;
+SHEAR_HOST_DEVICE bool rounding_shows(float first_look, float second_look, float eps) {
+  const float off = second_look > first_look ? second_look - first_look : first_look - second_look;
+  return off / (second_look > eps ? second_look : eps) > kMostRoundingError;
+}
 // Nor are states of more: an int32 holds kMostInt8^2 times as many.
 constexpr int64_t kMostRoundedDim = int64_t{1} << 17;
 constexpr int kMostInt8 = 127;
@@ -48,12 +52,9 @@ inline int64_t row_bytes(const Config& config, int64_t dim) {
   return takes_second_look(config) && rounded ? rounded_depth(dim) : 0;
 }
 
-// The backends of GPUs do not check yet what the second look finds (csrc/cpu/second_look.cpp), and
-// rounding that shows would go unnoticed: until they do, they round in tests only.
-#ifndef SHEAR_DEVICE_ROUNDS
-#define SHEAR_DEVICE_ROUNDS false
-#endif
-inline bool device_rounds = SHEAR_DEVICE_ROUNDS;
+// Triton does not check yet what the second look finds (csrc/cpu/second_look.cpp), and rounding that
+// shows would go unnoticed: until it does, it rounds in tests only.
+inline bool device_rounds = false;
 inline int64_t device_row_bytes(const Config& config, int64_t dim) {
   return device_rounds ? row_bytes(config, dim) : 0;
 }

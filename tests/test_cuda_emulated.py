@@ -17,7 +17,7 @@ from torch import Tensor
 
 import shear_ops
 import solver_steps
-from problems import DTYPES, PROBLEMS, Text, problem
+from problems import DTYPES, PROBLEMS, Problem, Text, problem
 from shear_ops import _C, SpanConfig, reference
 from shear_ops.ops import backends, torch_op
 from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
@@ -50,7 +50,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     torch_dir = Path(torch.__file__).parent
     flags = (
         f"-x c++ -O2 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Werror "
-        f"-Wno-unknown-pragmas -DSHEAR_DEVICE_CHUNK_BYTES=65536 -DSHEAR_DEVICE_ROUNDS=true "
+        f"-Wno-unknown-pragmas -DSHEAR_DEVICE_CHUNK_BYTES=65536 "
         f"-DTORCH_TARGET_VERSION=0x020a000000000000 -Itests/emulated -Icsrc "
         f"-isystem {torch_dir}/include"
     ).split()
@@ -202,24 +202,116 @@ def test_second_look_leaves_no_rounding(dtype: torch.dtype) -> None:
         assert torch.equal(unpruned[field], found[field])
 
 
+def one_group(given: dict[str, Tensor], group: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Its rollouts, and the arguments of a call of these alone."""
+    mine = (given["group_ids"] == group).nonzero()[:, 0]
+    lengths = given["cu_seqlens"].diff()
+    rows = given["hidden"].split(lengths.tolist())
+    return mine, {
+        "hidden": torch.cat([rows[i] for i in mine]),
+        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), lengths[mine].cumsum(0)]),
+        "group_ids": given["group_ids"][mine],
+        "labels": given["labels"][mine],
+    }
+
+
+def assert_same_alone(given: dict[str, Tensor], group: int, config: dict[str, Any]) -> Any:
+    """What a group finds does not depend on the others; returns the counts of its own call."""
+    whole = span_distances(given, config)
+    mine, alone = one_group(given, group)
+    found = span_distances(alone, config)
+    where = torch.isin(whole["spans"][:, 0], mine).nonzero()[:, 0]
+    for field in ("distance", "residual", "iterations"):
+        assert torch.equal(found[field], whole[field][where]), field
+    some = found["nearest"] >= 0
+    assert torch.equal(where[found["nearest"][some]], whole["nearest"][where][some])
+    return found["pairs"]
+
+
 def test_no_bit_depends_on_other_groups() -> None:
     case = BY_NAME["interleaved groups"]
     given = case.arguments()
-    whole = span_distances(given, case.config)
-    lengths = given["cu_seqlens"].diff().tolist()
-    rows = given["hidden"].split(lengths)
     for group in given["group_ids"].unique():
-        mine = [i for i in range(len(rows)) if given["group_ids"][i] == group]
-        alone = {
-            "hidden": torch.cat([rows[i] for i in mine]),
-            "cu_seqlens": torch.tensor([0, *(lengths[i] for i in mine)]).cumsum(0),
-            "group_ids": given["group_ids"][mine],
-            "labels": given["labels"][mine],
-        }
-        found = span_distances(alone, case.config)
-        where = torch.isin(whole["spans"][:, 0], torch.tensor(mine))
-        for field in ("distance", "residual", "iterations"):
-            assert torch.equal(found[field], whole[field][where]), field
+        assert_same_alone(given, int(group), case.config)
+
+
+SHOWS, AVERAGES = 7, 3  # groups
+
+
+def rounding_shows_in_one_group(**config: Any) -> Problem:
+    """In one of two groups every token comes twenty times: nothing averages the error of a cost,
+    and two spans are nearest but for 1e-4."""
+    g = torch.Generator().manual_seed(1)
+    noise, _ = torch.linalg.qr(torch.randn(200, 12, generator=g))
+    noise = noise.T * (4 + 1e-4 * torch.randn(12, 1, generator=g))
+    states = torch.randn(3, 200, generator=g) + noise.view(4, 3, 200)
+    shows, text = states.repeat_interleave(20, 1), Text(5, 200).rollouts(70, 83)
+    return problem(
+        "", [shows[0], text[0], shows[1], shows[2], text[1], shows[3]], [1, 0, 0, 1, 1, 0],
+        [SHOWS, AVERAGES, SHOWS, SHOWS, AVERAGES, SHOWS], span=20, stride=10, **config,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "order"), [(torch.float32, 0), (torch.bfloat16, 2)])
+def test_rounding_that_shows_is_noticed(
+    dtype: torch.dtype, order: int, library: ctypes.CDLL
+) -> None:
+    """That group is what pair_distances, which never rounds, says bit by bit; the other is as if it
+    were alone."""
+    library.shear_emulated_order(order)
+    case = rounding_shows_in_one_group(reg=2.0, reg_unit="cost")
+    given, options = case.arguments(dtype), SpanConfig(**case.config).op_arguments()
+    for group in (SHOWS, AVERAGES):
+        assert_same_alone(given, group, case.config)
+    found = span_distances(given, case.config)
+    mine, _ = one_group(given, SHOWS)
+    rows = given["hidden"].split(given["cu_seqlens"].diff().tolist())
+    rollouts = [[i for i in mine if given["labels"][i] == label] for label in (1, 0)]
+    exact = torch.cat([
+        torch.cat([
+            torch.ops.shear_emulated.pair_distances(rows[i], rows[j], **options)
+            for j in rollouts[1]
+        ], 1)
+        for i in rollouts[0]
+    ])  # fmt: skip
+    correct, incorrect = (
+        torch.isin(found["spans"][:, 0], torch.stack(side)).nonzero()[:, 0] for side in rollouts
+    )
+    for spans, others, matrix in ((correct, incorrect, exact), (incorrect, correct, exact.T)):
+        assert torch.equal(found["distance"][spans], matrix.amin(1))
+        assert torch.equal(found["nearest"][spans], others[matrix.argmin(1)])
+
+    weights = torch.ops.shear_emulated.span_weights(*given.values(), **options)
+    spans = found["spans"].unbind(1)
+    values = (found[field] for field in FIELDS[:4])
+    wanted = reference.token_weights(
+        reference.Distances(*values, *spans, found["pairs"]), *given.values(), **case.config
+    )
+    torch.testing.assert_close(weights.double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_rounding_that_shows_shows_once(prune: bool) -> None:
+    """Pairs are those of the first look; of those that n_iters stops each look has its own."""
+    case = rounding_shows_in_one_group(n_iters=1)
+    total, *rest = span_distances(case.arguments(), case.config, prune=prune)["pairs"].tolist()
+    of_group = (2 * 5) * (2 * 5)
+    assert sum(rest[:3]) == total
+    if not prune:
+        assert rest == [0, 0, total, total + of_group]
+
+
+def test_a_pair_is_stopped_once() -> None:
+    """Two spans are nearest to each other; their pair takes 37 iterations, and 40 at the second look."""
+    rollouts, stopped = Text(24, 72).rollouts(44, 52, 44), []
+    for n_iters in (39, 41):
+        case = problem("", rollouts, [1, 0, 1], span=16, stride=7, n_iters=n_iters)
+        given, options = case.arguments(), SpanConfig(**case.config).op_arguments()
+        seen = span_distances(given, case.config, prune=False)["pairs"]
+        wanted = torch.ops.shear.span_distances(*given.values(), **{**options, "prune": False})[5]
+        assert torch.equal(seen, wanted)
+        stopped.append(int(seen[4]))
+    assert stopped == [7, 6]
 
 
 # spans of every solver, strides with and without column minima, states that are rounded to int8

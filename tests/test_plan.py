@@ -166,6 +166,12 @@ def test_device_plan_of_a_second_look() -> None:
         assert exact["second_look"] == exact["chunks"][0]["places"] == 0
 
 
+def test_int8_rows_count_among_the_blocks_of_a_plan() -> None:
+    """Rows of so many dimensions cut it into 2.5 million blocks; its costs alone ask for 80,000."""
+    with pytest.raises(ValueError, match="cu_seqlens must give fewer or shorter rollouts to a call"):
+        device_group(2, 4_000_000, dim=2**17, stride=100)
+
+
 def test_device_plan_of_the_paper_group() -> None:
     seen = device_group(8, 3000)
     (chunk,) = seen["chunks"]

@@ -3,7 +3,6 @@
 // and only the choice among nearly equal spans does.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -28,7 +27,7 @@ std::vector<char> Pipeline::look_again() {
   std::sort(pairs.begin(), pairs.end());  // neighbours share states
   pairs.erase(std::unique(pairs.begin(), pairs.end()), pairs.end());
   std::atomic<int64_t> stopped{0};
-  std::vector<float> error(pairs.size());
+  std::vector<char> shows_in(pairs.size());
   workers_.run(static_cast<int64_t>(pairs.size()), [&](int64_t p, float* scratch) {
     const auto [a, b] = pairs[p];
     const Span &row = problem_.spans[a], &col = problem_.spans[b];
@@ -57,8 +56,7 @@ std::vector<char> Pipeline::look_again() {
                                            scratch);
     const Nearest& first_look = nearest_[nearest_[a].span == b ? a : b];
     if (out.iterations >= config_.n_iters && first_look.iterations < config_.n_iters) ++stopped;
-    error[p] = std::abs(out.distance - first_look.distance) /
-               std::max(out.distance, static_cast<float>(eps(group)));
+    shows_in[p] = rounding_shows(first_look.distance, out.distance, static_cast<float>(eps(group)));
     for (const auto& [span, other] : {pairs[p], std::pair(b, a)}) {
       Nearest& found = nearest_[span];
       if (found.span != other) continue;
@@ -70,8 +68,7 @@ std::vector<char> Pipeline::look_again() {
   counts_.stopped += stopped;
   std::vector<char> shows(problem_.groups.size());
   for (size_t p = 0; p < pairs.size(); ++p)
-    if (error[p] > kMostRoundingError)
-      shows[problem_.rollouts[problem_.spans[pairs[p].first].rollout].group] = 1;
+    if (shows_in[p]) shows[problem_.rollouts[problem_.spans[pairs[p].first].rollout].group] = 1;
   return shows;
 }
 

@@ -8,9 +8,10 @@ namespace shear::cuda {
 // A CTA per strip of rows, which reads its costs once from memory. Minima over the strip's rows for
 // every column, which overlapping spans share; minima over every column span for each row.
 __global__ void __launch_bounds__(kThreads) reduce_costs(const Call call) {
+  if (!looks_at_any(call)) return;
   const DeviceBlock block = call.blocks[last_not_after(
       call.n_blocks, blockIdx.x, [&](int i) { return int64_t{call.blocks[i].strip_begin}; })];
-  if (!has_scale(call, block.group)) return;
+  if (!is_computed(call, block.group)) return;
   const int strip = static_cast<int>(blockIdx.x) - block.strip_begin;
   const int64_t first = strip * call.strip;
   const int rows = static_cast<int>(min(call.strip, block.row_tokens - first));
@@ -73,7 +74,8 @@ __device__ __forceinline__ unsigned long long seed_key(float bound, int64_t p) {
 }
 
 // A warp per row span and 32 column spans of a block; lane l has the pair with the l-th of them.
-__global__ void __launch_bounds__(kThreads) bound_pairs(const Call call) {
+// For four CTAs of a multiprocessor it would have to spill.
+__global__ void __launch_bounds__(kThreads, 3) bound_pairs(const Call call) {
   const int64_t task = global_thread() / kWarp;
   if (task >= call.bound_rows) return;
   const DeviceBlock block = call.blocks[last_not_after(
@@ -85,13 +87,13 @@ __global__ void __launch_bounds__(kThreads) bound_pairs(const Call call) {
   const int64_t p = block.pair_offset + static_cast<int64_t>(a) * block.col_spans + b;
   Counters& counters = *call.counters;
   const int count = min(kWarp, block.col_spans - b0);
-  if (!has_scale(call, block.group)) {
+  if (!is_computed(call, block.group)) {
     if (present) {
       call.value[p] = call.group_norm[block.group] == 0 ? 0.f : __uint_as_float(0x7fc00000u);
       call.residual[p] = 0.f;
       call.iterations[p] = 0;
     }
-    if (lane_id() == 0)
+    if (lane_id() == 0 && looks_at(call, block.group))
       atomicAdd(counters.counts + (call.chamfer ? kSolved : kBounded),
                 static_cast<unsigned long long>(count));
     return;

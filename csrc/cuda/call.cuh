@@ -40,6 +40,7 @@ struct Call {
   NormRange norm_range;
 
   Counters* counters;
+  unsigned long long* stopped;  // where pairs that n_iters stopped are counted
   DeviceSpan* span_table;
   float *norm, *sq_norm;
   uint8_t* exponent;          // (tokens) biased, of the largest entry
@@ -48,6 +49,8 @@ struct Call {
   float* center;          // (groups, depth)
   const uint32_t* signs;  // a bit per dimension
   Rows rows;
+  uint32_t* shows;  // (groups + 1) whether rounding shows in the group; the last: in any
+  bool exactly;     // a look at these groups alone, from costs that are not rounded
   double *rollout_norm, *group_norm;
   uint32_t* best;
   unsigned long long* seed;  // per span: bound and index of the pair with the least bound
@@ -79,6 +82,17 @@ struct SpanOutputs {
 __device__ __forceinline__ bool has_scale(const Call& call, int group) {
   const double norm = call.group_norm[group];
   return norm > 0 && norm < __builtin_huge_val();
+}
+
+// Whether the look at hand is at this group, and whether at any.
+__device__ __forceinline__ bool looks_at(const Call& call, int group) {
+  return !call.exactly || call.shows[group] != 0;
+}
+__device__ __forceinline__ bool looks_at_any(const Call& call) {
+  return looks_at(call, call.n_groups);
+}
+__device__ __forceinline__ bool is_computed(const Call& call, int group) {
+  return looks_at(call, group) && has_scale(call, group);
 }
 
 // The begin of span k of `tokens` tokens, and how many it has.

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) find_nearest(const Call call) {
   __shared__ DeviceNearest room[kThreads];
   const DeviceRollout rollout = call.rollouts[last_not_after(
       call.n_rollouts, blockIdx.x, [&](int i) { return int64_t{call.rollouts[i].tile_begin}; })];
-  if (rollout.group < 0) return;
+  if (rollout.group < 0 || !looks_at(call, rollout.group)) return;
   const int offset = (static_cast<int>(blockIdx.x) - rollout.tile_begin) * kSpansPerCta;
   const int first = rollout.span_begin + offset,
             last = min(first + kSpansPerCta, rollout.span_begin + rollout.spans);

@@ -72,6 +72,7 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
   c.rollout_norms = config.normalization == Normalization::kRollout;
   c.mean_pooling = config.pooling == Pooling::kMean;
   c.counters = at<Counters>(workspace, w.counters);
+  c.stopped = c.counters->counts + kStopped;
   c.span_table = at<DeviceSpan>(workspace, w.spans);
   c.norm = at<float>(workspace, w.norm);
   c.sq_norm = at<float>(workspace, w.sq_norm);
@@ -84,6 +85,7 @@ Pipeline::Pipeline(const Stream& stream, const Problem& problem, const Config& c
             .scale = at<float>(workspace, w.scale),
             .sq_norm = at<float>(workspace, w.row_sq_norm),
             .depth = plan.row_bytes};
+  c.shows = at<uint32_t>(workspace, w.shows);
   c.rollout_norm = at<double>(workspace, w.rollout_norm);
   c.group_norm = at<double>(workspace, w.group_norm);
   c.best = at<uint32_t>(workspace, w.best);
@@ -155,6 +157,7 @@ SolveArgs Pipeline::solve_args(const Call& call) const {
   args.residual = call.residual;
   args.iterations = call.iterations;
   args.counts = call.counters->counts;
+  args.stopped = call.stopped;
   args.scratch = scratch_;
   args.scratch_floats = plan_.solver.scratch_floats;
   args.next = &call.counters->taken;
@@ -187,8 +190,17 @@ void Pipeline::solve(const Call& call) const {
 
 void Pipeline::run(float* matrix) const {
   measure_states();
+  look(call_, matrix);
+  if (plan_.row_bytes == 0) return;
+  look_again();
+  look_exactly();
+}
+
+// From int8 rows if there are any, unless exactly.
+void Pipeline::look(const Call& of, float* matrix) const {
+  const bool rounded = plan_.row_bytes > 0 && !of.exactly;
   for (const DeviceChunk& chunk : plan_.chunks) {
-    Call call = call_;
+    Call call = of;
     call.blocks = blocks_ + chunk.block_begin;
     call.n_blocks = static_cast<int32_t>(chunk.blocks);
     call.chunk_pairs = chunk.pairs;
@@ -197,7 +209,6 @@ void Pipeline::run(float* matrix) const {
     call.n_stretches = static_cast<int32_t>(chunk.stretches);
     call.places = chunk.places;
     stream_.launch("begin_chunk", begin_chunk, threads_for(call.spans), call);
-    const bool rounded = plan_.row_bytes > 0;
     if (rounded) {
       const Stage stage("shear::states");
       by_dtype(dtype_, [&](auto dtype) {
@@ -227,7 +238,6 @@ void Pipeline::run(float* matrix) const {
                                 .first_col = rows});
     }
   }
-  if (plan_.row_bytes > 0) look_again();
 }
 
 void Pipeline::look_again() const {
@@ -237,17 +247,35 @@ void Pipeline::look_again() const {
     const int64_t count = std::min(look.batch, look.spans - first);
     Call call = call_;
     call.counters = look_counters_;
+    call.stopped = look_counters_->counts + kStopped;
     call.blocks = look_blocks_;
     call.n_blocks = static_cast<int32_t>(count);
     call.chunk_pairs = call.bound_rows = count;
-    const LookArgs args{.call = call, .plan = look, .first = first, .blocks = look_blocks_};
+    const SolveArgs solver = solve_args(call);
+    const LookArgs args{.call = call,
+                        .plan = look,
+                        .first = first,
+                        .blocks = look_blocks_,
+                        .table = solver.table,
+                        .n_iters = solver.n_iters,
+                        .stopped = call_.stopped};
     stream_.launch("begin_look", begin_look, threads_for(count), args);
     launch_token_costs(stream_, call, dtype_,
                        {.rounded = false, .large = false, .tiles = count * look.cost_tiles});
     bounds(call, count * look.strips);
-    launch_solver(stream_, plan_.solver, solve_args(call));
+    launch_solver(stream_, plan_.solver, solver);
     stream_.launch("end_look", end_look, threads_for(count), args);
   }
+}
+
+// The groups in which rounding shows, once more from products that are not rounded. Counts of pairs
+// stay those of the first look, but for what is stopped.
+void Pipeline::look_exactly() const {
+  Call call = call_;
+  call.exactly = true;
+  call.counters = look_counters_;
+  stream_.launch("begin_exact_look", begin_exact_look, threads_for(call.spans), call);
+  look(call, nullptr);
 }
 
 void Pipeline::token_weights(float* weights) const {
@@ -303,6 +331,7 @@ void solve_batch(const Stream& stream, const SinkhornBatch& batch, const SolverP
   args.residual = batch.residual;
   args.iterations = batch.iterations;
   args.counts = counters->counts;
+  args.stopped = counters->counts + kStopped;
   args.scratch = batch.scratch;
   args.scratch_floats = plan.scratch_floats;
   launch_solver(stream, plan, args);

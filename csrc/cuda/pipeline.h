@@ -41,7 +41,9 @@ class Pipeline {
   SolveArgs solve_args(const Call& call) const;
   void bounds(const Call& call, int64_t strips) const;
   void solve(const Call& call) const;
+  void look(const Call& of, float* matrix) const;
   void look_again() const;
+  void look_exactly() const;
 
   const Stream& stream_;
   const Problem& problem_;

@@ -183,7 +183,7 @@ SolverPlan plan_solver(int64_t longest, int64_t rows, int64_t cols, int64_t pair
 DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_t dim,
                             const Device& device) {
   DevicePlan out{};
-  out.row_bytes = device_row_bytes(config, dim);
+  out.row_bytes = row_bytes(config, dim);
   out.plan = make_chunks(problem, config, out.row_bytes, kBudget);
   out.column_minima = config.stride >= kLeastStrip;
   out.strip = std::max(config.stride, kLeastStrip);
@@ -243,6 +243,7 @@ DevicePlan make_device_plan(const Problem& problem, const Config& config, int64_
   place<DeviceNearest>(&w.nearest, spans, &w.bytes);
   place<DeviceCenter>(&w.centers, rounded ? groups : 0, &w.bytes);
   place<float>(&w.center, groups * out.row_bytes, &w.bytes);
+  place<uint32_t>(&w.shows, rounded ? groups + 1 : 0, &w.bytes);
   place<int8_t>(&w.row, places * out.row_bytes, &w.bytes);
   place<float>(&w.scale, places, &w.bytes);
   place<float>(&w.row_sq_norm, places, &w.bytes);

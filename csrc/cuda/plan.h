@@ -110,6 +110,7 @@ struct Workspace {
   int64_t best, seed, nearest;                 // per span
   int64_t counters;                            // Counters of call.cuh
   int64_t centers, center;                     // per group; (groups, depth)
+  int64_t shows;                               // (groups + 1)
   int64_t row, scale, row_sq_norm;             // int8 rows of the chunk at hand
   int64_t tally;                               // where costs are, before there are any
   int64_t look_counters, look_blocks;          // of the second look

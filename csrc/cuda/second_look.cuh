@@ -1,9 +1,14 @@
 // The second look at every span's nearest span: token costs from a product of the states as they
 // are, solved again, so that the distances that leave a call carry no rounding to int8. The blocks,
 // one per span, are made on the device, where the nearest spans are. Two spans that are nearest to
-// each other make two equal blocks.
+// each other make two equal blocks. Where this look finds that rounding shows in a group, a last
+// one is at all of the group, as the first but without rounding. The host does not know whether
+// there is such a group, so it launches all the same: where there is none, ten kernels per chunk
+// whose CTAs leave after one read, or after a few words per pair.
 #pragma once
 #include "cuda/call.cuh"
+#include "cuda/pairs.cuh"
+#include "rounding.h"
 
 namespace shear::cuda {
 
@@ -12,6 +17,9 @@ struct LookArgs {
   SecondLook plan;
   int64_t first;
   DeviceBlock* blocks;
+  PairTable table;  // of the same pairs
+  int32_t n_iters;
+  unsigned long long* stopped;  // of the call
 };
 
 // The span that pair p belongs to.
@@ -29,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) begin_look(const LookArgs args) {
   const Call& call = args.call;
   const SecondLook& plan = args.plan;
   const int64_t p = global_thread();
-  if (p == 0) {  // counters of its own: a call counts its first look
+  if (p == 0) {  // counters of its own: a call counts its first look, but for what is stopped
     for (int k = 0; k < kCounts; ++k) call.counters->counts[k] = 0;
     call.counters->taken = 0;
   }
@@ -66,10 +74,29 @@ __global__ void __launch_bounds__(kThreads) end_look(const LookArgs args) {
   const int64_t p = global_thread();
   if (p >= call.chunk_pairs) return;
   bool correct;
-  DeviceNearest& found = call.nearest[span_of_look(args, p, &correct)];
+  const int span = span_of_look(args, p, &correct);
+  const Pair pair = pair_at(args.table, p);
+  DeviceNearest& found = call.nearest[span];
+  const int group = args.blocks[p].group;
+  if (rounding_shows(found.distance, call.value[p], pair.eps))
+    call.shows[group] = call.shows[call.n_groups] = 1;
+  // of two equal blocks, one counts
+  const bool counts = correct || call.nearest[pair.row_span].span != span;
+  if (counts && call.iterations[p] >= args.n_iters && found.iterations < args.n_iters)
+    atomicAdd(args.stopped, 1ull);
   found.distance = call.value[p];
   found.residual = call.residual[p];
   found.iterations = call.iterations[p];
+}
+
+// A thread per span: those of groups in which rounding shows start again.
+__global__ void __launch_bounds__(kThreads) begin_exact_look(const Call call) {
+  const int64_t s = global_thread();
+  if (s >= call.spans || !looks_at_any(call)) return;
+  const int group = call.rollouts[call.span_table[s].rollout].group;
+  if (group < 0 || !looks_at(call, group)) return;
+  call.best[s] = __float_as_uint(kInfinity);
+  call.nearest[s] = nothing_found();
 }
 
 }  // namespace shear::cuda

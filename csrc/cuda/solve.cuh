@@ -20,7 +20,7 @@ struct SolveArgs {
   float* value;  // per pair: bound, then span distance; a skipped or abandoned one keeps its bound
   float* residual;
   int32_t* iterations;
-  unsigned long long* counts;
+  unsigned long long *counts, *stopped;
   float* scratch;  // scratch_floats per CTA
   int64_t scratch_floats;
 };
@@ -83,7 +83,7 @@ __device__ inline void record(const SolveArgs& args, const Desk& desk, const Sol
   atomicAdd(args.counts + (out.abandoned ? kAbandoned : kSolved), 1ull);
   if (out.abandoned) return;
   const bool stopped = out.iterations >= args.n_iters;
-  if (stopped) atomicAdd(args.counts + kStopped, 1ull);
+  if (stopped) atomicAdd(args.stopped, 1ull);
   if (!args.best || stopped) return;  // what has not converged is no upper bound: it prunes nothing
   // distances are >= 0: their bits have their order
   atomicMin(args.best + desk.row_span, __float_as_uint(out.distance));

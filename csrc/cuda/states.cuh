@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(kThreads) begin_call(const Call call) {
     counters.bad_token = ~0ull;
     counters.unfit_group = ~0ull;
   }
+  if (call.rows.depth > 0 && s <= call.n_groups)
+    call.shows[s] = 0;  // a group has two spans or more
   if (s >= call.spans) return;
   const int i = last_not_after(call.n_rollouts, s,
                                [&](int k) { return int64_t{call.rollouts[k].span_begin}; });

@@ -241,10 +241,11 @@ class CostTile {
 template <Dtype kDtype, typename Shape, bool kVectors, bool kRounded>
 __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads)
     token_costs(const Call call) {
+  if (!looks_at_any(call)) return;
   const int b = last_not_after(call.n_blocks, blockIdx.x,
                                [&](int i) { return int64_t{call.blocks[i].tile_begin}; });
   const DeviceBlock block = call.blocks[b];
-  if (!has_scale(call, block.group)) return;
+  if (!is_computed(call, block.group)) return;
   constexpr int kBand = 8;
   const int tile = static_cast<int>(blockIdx.x) - block.tile_begin;
   const int tile_rows = (block.row_tokens + Shape::kRows - 1) / Shape::kRows;
