@@ -22,6 +22,8 @@ namespace shear {
 constexpr int64_t kShortBlock = 64, kLongBlock = 128;
 // States of fewer dimensions are not rounded: their products are cheap, and rounding would show.
 constexpr int64_t kLeastRoundedDim = 65;
+// Nor are states of more: an int32 holds kMostInt8^2 times as many.
+constexpr int64_t kMostRoundedDim = int64_t{1} << 17;
 // Between spans of fewer tokens nothing averages the error of a cost.
 constexpr int64_t kLeastRoundedSpan = 16;
 // A second look that finds the distance of a nearest pair off by more, relative to the larger of it
@@ -31,8 +33,6 @@ SHEAR_HOST_DEVICE bool rounding_shows(float first_look, float second_look, float
   const float off = second_look > first_look ? second_look - first_look : first_look - second_look;
   return off / (second_look > eps ? second_look : eps) > kMostRoundingError;
 }
-// Nor are states of more: an int32 holds kMostInt8^2 times as many.
-constexpr int64_t kMostRoundedDim = int64_t{1} << 17;
 constexpr int kMostInt8 = 127;
 // A state whose rotated entries are all smaller is at the center: its row and its scale are 0.
 constexpr float kLeastEntry = 0x1p-63f;
@@ -52,8 +52,8 @@ inline int64_t row_bytes(const Config& config, int64_t dim) {
   return takes_second_look(config) && rounded ? rounded_depth(dim) : 0;
 }
 
-// Triton does not check yet what the second look finds (csrc/cpu/second_look.cpp), and rounding that
-// shows would go unnoticed: until it does, it rounds in tests only.
+// Triton does not check yet what the second look finds (csrc/cpu/second_look.cpp), and rounding
+// that shows would go unnoticed: until it does, it rounds in tests only.
 inline bool device_rounds = false;
 inline int64_t device_row_bytes(const Config& config, int64_t dim) {
   return device_rounds ? row_bytes(config, dim) : 0;

@@ -168,7 +168,9 @@ def test_device_plan_of_a_second_look() -> None:
 
 def test_int8_rows_count_among_the_blocks_of_a_plan() -> None:
     """Rows of so many dimensions cut it into 2.5 million blocks; its costs alone ask for 80,000."""
-    with pytest.raises(ValueError, match="cu_seqlens must give fewer or shorter rollouts to a call"):
+    with pytest.raises(
+        ValueError, match="cu_seqlens must give fewer or shorter rollouts to a call"
+    ):
         device_group(2, 4_000_000, dim=2**17, stride=100)
 
 
