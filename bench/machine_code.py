@@ -29,7 +29,7 @@ from unittest import mock
 import click
 import torch
 
-from shear_ops import _C, SpanConfig
+from shear_ops import SpanConfig
 
 from .record import RESULTS, ROOT, run_facts
 
@@ -242,7 +242,6 @@ def compile_all(name: str, spans: tuple[int, ...] = SPANS) -> list[Kernel]:
     """Compile every kernel that calls with these spans take, for all dtypes and distances."""
     from shear_ops.triton import ops
 
-    _C.round_on_devices(True)  # these kernels are ready, though not in use
     offsets, groups, labels = (torch.tensor(v) for v in ([0, 256, 512], [0, 0], [1, 0]))
     with compiling_for(name) as kernels:
         for dtype in (torch.bfloat16, torch.float32):

@@ -193,6 +193,7 @@ py::dict rounding() {
   out["center_spread"] = shear::kCenterSpread;
   out["center_bits"] = shear::kCenterBits;
   out["least_limit"] = shear::kLeastLimit;
+  out["most_error"] = shear::kMostRoundingError;
   return out;
 }
 
@@ -217,7 +218,7 @@ py::dict make_plan(const std::vector<int64_t>& cu_seqlens, const std::vector<int
                                                    .aggregation = aggregation,
                                                    .every_pair = every_pair});
   const shear::Problem problem = shear::make_problem(cu_seqlens, group_ids, labels, tokens, config);
-  const int64_t row_bytes = shear::device_row_bytes(config, dim);
+  const int64_t row_bytes = shear::row_bytes(config, dim);
   const shear::Chunks plan =
       shear::make_chunks(problem, config, row_bytes, {shear::kDeviceChunkBytes, bytes_per_pair});
   std::vector<shear::Block> blocks;
@@ -316,7 +317,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NEAR_DUPLICATE") = shear::kNearDuplicate;
   m.attr("NEAR_ROUNDED") = shear::kNearRounded;
   m.def("int8_rows", &int8_rows, py::arg("states"));
-  m.def("round_on_devices", [](bool on) { shear::device_rounds = on; }, py::arg("on"));
   m.attr("LEAST_ROLLOUT_NORM") = shear::kLeastRolloutNorm;
   m.attr("MOST_NORM") = shear::kMostNorm;
   m.attr("LEAST_NORM") = shear::kLeastNorm;

@@ -52,13 +52,6 @@ inline int64_t row_bytes(const Config& config, int64_t dim) {
   return takes_second_look(config) && rounded ? rounded_depth(dim) : 0;
 }
 
-// Triton does not check yet what the second look finds (csrc/cpu/second_look.cpp), and rounding
-// that shows would go unnoticed: until it does, it rounds in tests only.
-inline bool device_rounds = false;
-inline int64_t device_row_bytes(const Config& config, int64_t dim) {
-  return device_rounds ? row_bytes(config, dim) : 0;
-}
-
 // Of a token: its row and scale.
 inline int64_t rounded_bytes(int64_t row_bytes) { return row_bytes == 0 ? 0 : row_bytes + 4; }
 

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shear_ops import _C
 from shear_ops.ops import backends
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
-
-_C.round_on_devices(True)  # what is off until it is checked there, is tested
 
 if backends.interpreted():
     from interpreter import patch_once

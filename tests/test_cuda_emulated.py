@@ -17,7 +17,16 @@ from torch import Tensor
 
 import shear_ops
 import solver_steps
-from problems import DTYPES, PROBLEMS, Problem, Text, problem
+from problems import (
+    AVERAGES,
+    DTYPES,
+    PROBLEMS,
+    SHOWS,
+    Text,
+    one_group,
+    problem,
+    rounding_shows_in_one_group,
+)
 from shear_ops import _C, SpanConfig, reference
 from shear_ops.ops import backends, torch_op
 from test_backends import BY_NAME, TOLERANCES, converged, mean_norms, resolution
@@ -202,19 +211,6 @@ def test_second_look_leaves_no_rounding(dtype: torch.dtype) -> None:
         assert torch.equal(unpruned[field], found[field])
 
 
-def one_group(given: dict[str, Tensor], group: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Its rollouts, and the arguments of a call of these alone."""
-    mine = (given["group_ids"] == group).nonzero()[:, 0]
-    lengths = given["cu_seqlens"].diff()
-    rows = given["hidden"].split(lengths.tolist())
-    return mine, {
-        "hidden": torch.cat([rows[i] for i in mine]),
-        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), lengths[mine].cumsum(0)]),
-        "group_ids": given["group_ids"][mine],
-        "labels": given["labels"][mine],
-    }
-
-
 def assert_same_alone(given: dict[str, Tensor], group: int, config: dict[str, Any]) -> Any:
     """What a group finds does not depend on the others; returns the counts of its own call."""
     whole = span_distances(given, config)
@@ -233,23 +229,6 @@ def test_no_bit_depends_on_other_groups() -> None:
     given = case.arguments()
     for group in given["group_ids"].unique():
         assert_same_alone(given, int(group), case.config)
-
-
-SHOWS, AVERAGES = 7, 3  # groups
-
-
-def rounding_shows_in_one_group(**config: Any) -> Problem:
-    """In one of two groups every token comes twenty times: nothing averages the error of a cost,
-    and two spans are nearest but for 1e-4."""
-    g = torch.Generator().manual_seed(1)
-    noise, _ = torch.linalg.qr(torch.randn(200, 12, generator=g))
-    noise = noise.T * (4 + 1e-4 * torch.randn(12, 1, generator=g))
-    states = torch.randn(3, 200, generator=g) + noise.view(4, 3, 200)
-    shows, text = states.repeat_interleave(20, 1), Text(5, 200).rollouts(70, 83)
-    return problem(
-        "", [shows[0], text[0], shows[1], shows[2], text[1], shows[3]], [1, 0, 0, 1, 1, 0],
-        [SHOWS, AVERAGES, SHOWS, SHOWS, AVERAGES, SHOWS], span=20, stride=10, **config,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "order"), [(torch.float32, 0), (torch.bfloat16, 2)])

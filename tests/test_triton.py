@@ -21,6 +21,7 @@ from torch import Tensor
 
 import shear_ops
 import solver_steps
+from problems import AVERAGES, SHOWS, one_group, rounding_shows_in_one_group
 from rollouts_for_tests import CONFIG, arguments
 from shear_ops import _C, SpanConfig
 from shear_ops.ops import backends
@@ -200,6 +201,52 @@ def test_second_look_changes_no_bit_with_pruning() -> None:
     torch.testing.assert_close(pruned.distance, wanted.distance, rtol=2e-3, atol=0)
 
 
+def test_rounding_that_shows_is_noticed() -> None:
+    """That group is what pair_distances, which never rounds, says, but for another center of its
+    products; the other is as if it were alone, bit by bit."""
+    case = rounding_shows_in_one_group(reg=2.0, reg_unit="cost")
+    given, config = case.arguments(), SpanConfig(**case.config)
+    found = span_distances("triton", given, config=config)
+    fields = ("distance", "residual", "iterations")
+
+    mine, alone = one_group(given, AVERAGES)
+    where = torch.isin(found.rollout, mine).nonzero()[:, 0]
+    other = span_distances("triton", alone, config=config)
+    for name in fields:
+        assert torch.equal(getattr(other, name), getattr(found, name)[where]), name
+    assert torch.equal(where[other.nearest], found.nearest[where])
+
+    mine, _ = one_group(given, SHOWS)
+    rows = given["hidden"].to(device_of("triton")).split(given["cu_seqlens"].diff().tolist())
+    rollouts = [[i for i in mine if given["labels"][i] == label] for label in (1, 0)]
+    pairs = [
+        torch.cat([
+            shear_ops.pair_distances(rows[i], rows[j], config=config, backend="triton").cpu()
+            for j in rollouts[1]
+        ], 1)
+        for i in rollouts[0]
+    ]  # fmt: skip
+    exact = torch.cat(pairs)
+    correct, incorrect = (
+        torch.isin(found.rollout, torch.stack(side)).nonzero()[:, 0] for side in rollouts
+    )
+    for spans, others, matrix in ((correct, incorrect, exact), (incorrect, correct, exact.T)):
+        torch.testing.assert_close(found.distance[spans], matrix.amin(1), rtol=2e-6, atol=0)
+        assert torch.equal(found.nearest[spans], others[matrix.argmin(1)])
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_counts_are_those_of_the_first_look(prune: bool) -> None:
+    """But for pairs that n_iters stops: each look has its own."""
+    case = rounding_shows_in_one_group(n_iters=1)
+    given, config = case.arguments(), SpanConfig(**case.config)
+    found = span_distances("triton", given, config=config, prune=prune).pairs
+    assert found.bounded + found.abandoned + found.solved == found.total
+    of_group = (2 * 5) * (2 * 5)
+    if not prune:
+        assert (found.solved, found.stopped) == (found.total, found.total + of_group)
+
+
 def test_rules_are_those_of_solve_h(device: torch.device) -> None:
     """The level of omega and the tolerance, value by value; when the loop pauses for what."""
     import triton_rules as rules
@@ -332,7 +379,7 @@ def test_sinkhorn_errors(device: torch.device) -> None:
     for broken in (float("nan"), float("inf")):
         cost[0, 3, 5] = broken
         with pytest.raises(ValueError, match="cost must be finite, got NaN or Inf"):
-            shear_ops.sinkhorn(cost.to(device), reg=1.0, backend="triton")
+            shear_ops.sinkhorn(cost.to(device), reg=1.0, n_iters=20, backend="triton")
     cost[0, 3, 5] = 1.0
     cost[2, 9] = float("nan")  # outside the rows in use
     assert (

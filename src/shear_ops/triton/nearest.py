@@ -17,6 +17,8 @@ from .columns import (
     COL_SPAN,
     COL_SPANS,
     PAIR_OFFSET,
+    ROLLOUT,
+    ROLLOUT_GROUP,
     ROW_SPAN,
     ROW_SPANS,
     SPAN,
@@ -59,13 +61,22 @@ class Nearest(NamedTuple):
 
 @triton.jit
 def nearest_kernel(
-    spans, blocks, first_touching, touching, value, residual, iterations,
+    spans, rollouts, shows, blocks, first_touching, touching, value, residual, iterations,
     distance, nearest, best_residual, best_iterations, total, count,
     MEAN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Offer a span all of its pairs in the chunk. NaN (a group without a scale) goes before all."""
+    """Offer a span all of its pairs in the chunk. NaN (a group without a scale) goes before all.
+
+    shows: the groups whose spans are offered any, or None.
+    """
     s = tl.program_id(0).to(tl.int64)
     i = tl.load(spans + s * SPAN + SPAN_ROLLOUT)
+    if shows is not None:
+        g = tl.load(rollouts + i * ROLLOUT + ROLLOUT_GROUP)
+        if g < 0:
+            return
+        if tl.load(shows + g) == 0:
+            return
     entry = tl.load(first_touching + i)
     end = tl.load(first_touching + i + 1)
     best = tl.load(distance + s)
@@ -140,10 +151,24 @@ def nothing_found(tables: Tables) -> Nearest:
     )  # fmt: skip
 
 
-def collect(tables: Tables, chunk: Chunk, pairs: Pairs, found: Nearest, *, mean: bool) -> None:
-    """Offer all spans their pairs in a chunk."""
+def forget(tables: Tables, found: Nearest, best: Tensor, shows: Tensor) -> None:
+    """Take back what was found of the spans of groups, shows (G,) bool."""
+    rollout = tables.spans.unbind(1)[SPAN_ROLLOUT]
+    group = tables.rollouts.unbind(1)[ROLLOUT_GROUP][rollout]
+    again = shows[group] & (group >= 0)
+    nothing = nothing_found(tables)
+    for kept, new in zip(found, nothing, strict=True):
+        torch.where(again, new, kept, out=kept)
+    torch.where(again, nothing.distance.view(torch.int32), best, out=best)
+
+
+def collect(
+    tables: Tables, chunk: Chunk, pairs: Pairs, found: Nearest, *, mean: bool,
+    shows: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Offer all spans their pairs in a chunk, or those of groups, shows (G,) bool."""
     if len(tables.spans):
         nearest_kernel[len(tables.spans),](
-            tables.spans, chunk.blocks, chunk.first_touching, chunk.touching, *pairs, *found,
-            MEAN=mean, P=PAIRS,
+            tables.spans, tables.rollouts, shows, chunk.blocks, chunk.first_touching,
+            chunk.touching, *pairs, *found, MEAN=mean, P=PAIRS,
         )  # fmt: skip

@@ -66,7 +66,6 @@ def run(
     offer: Callable[[int, Tensor], None] | None = None,
 ) -> Found:
     """Find the nearest spans; offer: called with the values of the pairs of every chunk."""
-    mean = options.chose("aggregation", "mean")
     norm_range = _C.norm_range(options.distance, options.reg_unit, options.reg)
     states = measure(hidden, tables, center=options.distance != COSINE, norm_range=norm_range)
     known = span_means(states, tables) if options.distance == COSINE else states
@@ -76,36 +75,51 @@ def run(
     if tables.chunks:
         counts[0].fill_(sum(chunk.pairs.total for chunk in tables.chunks))  # a[0] = n would wait
     room = _Room(tables, options, hidden.device)
-    self_similarity = _self_similarity(known, tables, room) if options.distance == MMD else None
+    _look(known, tables, room, found, best, counts, options, offer=offer)
+    if tables.second is not None:
+        shows = _look_again(known, tables, tables.second, room, found, best, counts, options)
+        _look_exactly(known, tables, room, found, best, counts, options, shows)
+    mean = options.chose("aggregation", "mean")
+    return Found(states, found.mean() if mean else found, counts)
+
+
+def _look(
+    states: States, tables: Tables, room: _Room, found: Nearest, best: Tensor, counts: Tensor,
+    options: Options, *, offer: Callable[[int, Tensor], None] | None = None,
+    shows: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Find the nearest spans: of all groups, from int8 rows if there are any.
+
+    Or of the groups whose rounding shows (G,), from float32 products; the others have no norm then.
+    """
+    mean = options.chose("aggregation", "mean")
+    rows = room.rows if shows is None else None
+    self_similarity = _self_similarity(states, tables, room) if options.distance == MMD else None
     for number, chunk in enumerate(tables.chunks):
         pairs = room.pairs(chunk.pairs.total)
         if options.distance == COSINE:
-            token_costs(known, chunk, pairs.value)
-            cosine_distances(known, chunk, pairs.value)
+            token_costs(states, chunk, pairs.value)
+            cosine_distances(states, chunk, pairs.value)
         else:
-            if room.rows is not None:
+            if rows is not None:
                 with record_function("shear::states"):
-                    round_states(hidden, known.center, known.group_norm, chunk, room.rows)
+                    round_states(states.hidden, states.center, states.group_norm, chunk, rows)
             with record_function("shear::token_costs"):
-                token_costs(known, chunk, room.costs, room.rows)
+                token_costs(states, chunk, room.costs, rows)
             with record_function("shear::bounds"):
-                _reduce(known, tables, chunk, room, pairs.value, options.distance, self_similarity)
+                _reduce(states, tables, chunk, room, pairs.value, options.distance, self_similarity)
         with record_function("shear::solve"):
             if options.distance == SINKHORN:
                 _solve(
-                    known, tables, chunk, room, pairs, best, counts[1:], options,
+                    states, tables, chunk, room, pairs, best, counts[1:], options,
                     prune=options.prune and not mean,
                 )  # fmt: skip
             else:
                 counts[3].add_(chunk.pairs.total)
         with record_function("shear::nearest_spans"):
-            nearest.collect(tables, chunk, pairs, found, mean=mean)
+            nearest.collect(tables, chunk, pairs, found, mean=mean, shows=shows)
         if offer is not None:
             offer(number, pairs.value)
-    if tables.second is not None:
-        with record_function("shear::second_look"):
-            _look_again(known, tables, tables.second, room, found, best, options)
-    return Found(states, found.mean() if mean else found, counts)
 
 
 def _solve(
@@ -121,20 +135,46 @@ def _solve(
 
 def _look_again(
     states: States, tables: Tables, template: Chunk, room: _Room, found: Nearest, best: Tensor,
-    options: Options,
-) -> None:  # fmt: skip
-    """Solve every span and its nearest one by token costs from the exact product."""
+    counts: Tensor, options: Options,
+) -> Tensor:  # fmt: skip
+    """Solve every span and its nearest one by token costs from the exact product.
+
+    Returns for every group (G,) whether rounding shows in one of its distances.
+    """
     # one more group, without a scale: that of blocks which have no pair
     norm = torch.cat([states.group_norm, states.group_norm.new_zeros(1)])
     known = states._replace(group_norm=norm)
-    counts = torch.zeros(4, dtype=torch.int64, device=norm.device)  # not those of a call
-    for begin in range(0, len(tables.spans), len(template.blocks)):
-        chunk = second_look.nearest_pairs(tables, template, found, begin)
-        pairs = room.pairs(chunk.pairs.total)
-        token_costs(known, chunk, room.costs)
-        _reduce(known, tables, chunk, room, pairs.value, SINKHORN, None)
-        _solve(known, tables, chunk, room, pairs, best, counts, options, prune=False)
-        second_look.keep(tables, pairs, found, begin)
+    shows = torch.zeros_like(norm, dtype=torch.int32)
+    # apart from those of a call, which tell what the first look did, but for pairs that are stopped
+    own = torch.zeros(4, dtype=torch.int64, device=norm.device)
+    with record_function("shear::second_look"):
+        for begin in range(0, len(tables.spans), len(template.blocks)):
+            chunk = second_look.nearest_pairs(tables, template, found, begin)
+            pairs = room.pairs(chunk.pairs.total)
+            token_costs(known, chunk, room.costs)
+            _reduce(known, tables, chunk, room, pairs.value, SINKHORN, None)
+            _solve(known, tables, chunk, room, pairs, best, own, options, prune=False)
+            second_look.keep(
+                tables, norm, pairs, found, shows, counts[4:], begin, reg=options.reg,
+                unit_is_norm=options.chose("reg_unit", "mean_norm"), n_iters=options.n_iters,
+            )  # fmt: skip
+    return shows[:-1] != 0
+
+
+def _look_exactly(
+    states: States, tables: Tables, room: _Room, found: Nearest, best: Tensor, counts: Tensor,
+    options: Options, shows: Tensor,
+) -> None:  # fmt: skip
+    """Look once more, from float32 products, at the groups in which rounding shows.
+
+    Which these are, only the device knows: where there are none, every launch of a look is made for
+    programs that leave at once, and the bounds of all pairs, zeros, are sorted.
+    """
+    nearest.forget(tables, found, best, shows)
+    known = states._replace(group_norm=states.group_norm * shows)
+    own = torch.zeros_like(counts)
+    _look(known, tables, room, found, best, own, options, shows=shows)
+    counts[4:].add_(own[4:])
 
 
 class _Room:

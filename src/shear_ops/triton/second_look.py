@@ -1,6 +1,6 @@
 """The second look at every span's nearest span: its token costs are taken from the exact product
 and its distance is solved again, so that the values that leave a call carry no rounding to int8 and
-only the choice among nearly equal spans does.
+only the choice among nearly equal spans does. It checks the first look by the way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import _C
 from .columns import (
     BLOCK,
     COL_SPAN,
@@ -31,6 +33,7 @@ from .nearest import Nearest, Pairs
 from .tables import Chunk, Tables
 
 SPANS = 128  # of a program
+MOST_ERROR = tl.constexpr(_C.ROUNDING["most_error"])
 
 
 class Looked(NamedTuple):
@@ -95,18 +98,38 @@ def pairs_kernel(spans, rollouts, correct, nearest, blocks, begin, count, total,
     tl.store(block + COL_TOKENS, col_tokens, mask=some)
 
 
-@triton.jit(do_not_specialize=["begin", "count", "total"])
+@triton.jit
+def rounding_shows(first_look, second_look, eps):
+    """Whether a first look is not to be trusted: rounding_shows of csrc/rounding.h."""
+    return tl.abs(second_look - first_look) / tl.maximum(second_look, eps) > MOST_ERROR
+
+
+@triton.jit(do_not_specialize=["begin", "count", "total", "n_iters"])
 def keep_kernel(
-    spans, correct, nearest, value, residual, iterations,
-    distance, found_residual, found_iterations, begin, count, total, S: tl.constexpr,
+    spans, rollouts, correct, group_norm, nearest, value, residual, iterations,
+    distance, found_residual, found_iterations, shows, stopped, begin, count, total,
+    reg, n_iters, UNIT_IS_NORM: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Replace what was found of the spans from `begin` on and of those that share their pairs."""
+    """Replace what was found of the spans from `begin` on and of those that share their pairs.
+
+    shows: set for groups in which rounding shows. stopped: plus the pairs that only n_iters stopped
+    now.
+    """
     k = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S)
     s = begin + k
     looked = look_at(spans, correct, nearest, s, (k < count) & (s < total))
     v = tl.load(value + k, mask=looked.some, other=0.0)
     r = tl.load(residual + k, mask=looked.some, other=0.0)
     n = tl.load(iterations + k, mask=looked.some, other=0)
+    g = tl.load(rollouts + looked.rollout * ROLLOUT + ROLLOUT_GROUP, mask=looked.some, other=0)
+    eps = tl.zeros((S,), tl.float32) + reg
+    if UNIT_IS_NORM:
+        eps *= tl.load(group_norm + g, mask=looked.some, other=1.0)
+    first_look = tl.load(distance + s, mask=looked.some, other=0.0)
+    tl.store(shows + g, 1, mask=looked.some & rounding_shows(first_look, v, eps))
+    before = tl.load(found_iterations + s, mask=looked.some, other=0)
+    newly = looked.some & (n >= n_iters) & (before < n_iters)
+    tl.atomic_add(stopped, tl.sum(newly.to(tl.int64), 0))
     tl.store(distance + s, v, mask=looked.some)
     tl.store(found_residual + s, r, mask=looked.some)
     tl.store(found_iterations + s, n, mask=looked.some)
@@ -126,10 +149,17 @@ def nearest_pairs(tables: Tables, template: Chunk, found: Nearest, begin: int) -
     return replace(template, blocks=blocks)
 
 
-def keep(tables: Tables, pairs: Pairs, found: Nearest, begin: int) -> None:
-    """Replace what was found of the spans from `begin` on by what their pairs are now."""
+def keep(
+    tables: Tables, group_norm: Tensor, pairs: Pairs, found: Nearest, shows: Tensor,
+    stopped: Tensor, begin: int, *, reg: float, unit_is_norm: bool, n_iters: int,
+) -> None:  # fmt: skip
+    """Replace what was found of the spans from `begin` on by what their pairs are now.
+
+    shows (G + 1,) int32, stopped (1,) int64: see keep_kernel.
+    """
     count = len(pairs.value)
     keep_kernel[triton.cdiv(count, SPANS),](
-        tables.spans, tables.correct, found.span, *pairs, found.distance, found.residual,
-        found.iterations, begin, count, len(tables.spans), S=SPANS,
+        tables.spans, tables.rollouts, tables.correct, group_norm, found.span, *pairs,
+        found.distance, found.residual, found.iterations, shows, stopped, begin, count,
+        len(tables.spans), reg, n_iters, UNIT_IS_NORM=unit_is_norm, S=SPANS,
     )  # fmt: skip
