@@ -179,8 +179,10 @@ std::string not_finite(int64_t token, const std::vector<int64_t>& cu_seqlens,
 }
 
 std::string stopped_warning(int64_t stopped, int64_t solved, int64_t n_iters) {
-  return "shear_ops: " + std::to_string(stopped) + " of " + std::to_string(solved) +
-         " solved span pairs were stopped at n_iters=" + std::to_string(n_iters) +
+  // pairs that get a second look can be stopped in each
+  const std::string of = stopped > solved ? "" : " of " + std::to_string(solved) + " solved";
+  return "shear_ops: " + std::to_string(stopped) + of +
+         " span pairs were stopped at n_iters=" + std::to_string(n_iters) +
          " before they converged, and weights may be off: raise n_iters or reg "
          "(said once per process; span_weights(return_counts=True) counts them)";
 }
