@@ -37,12 +37,12 @@ INTERPRETED = {
     "rollouts of one token": DTYPES[1:2],
     "spans of one token": DTYPES[2:],
     "spans of 50 every 30": DTYPES[:2],
-    "paper spans, odd lengths": DTYPES[1:],
+    "paper spans, odd lengths": DTYPES[1:2],
     "shared prefix, offset": DTYPES[1:2],
     "identical rollouts": DTYPES[2:],
     "rollouts of one repeated token": DTYPES[:1],
     "near-duplicates 1e-3": DTYPES[1:2],
-    "offset 1000": DTYPES,
+    "offset 1000": DTYPES[:2],
     "all ignored": DTYPES[:1],
     "ignored rollout": DTYPES[1:2],
     "interleaved groups": DTYPES[:1],
@@ -239,8 +239,11 @@ def test_pruning_and_threads_change_no_bit(backend: str, name: str, two_threads:
         span_distances, backend, problem.arguments(), config=SpanConfig(**problem.config)
     )
     pruned, whole = call(), call(prune=False)
-    torch.set_num_threads(1)
-    for other in (whole, call(), call(prune=False)):
+    others = [whole]
+    if backend != "triton" or not backends.interpreted():  # it has one thread
+        torch.set_num_threads(1)
+        others += [call(), call(prune=False)]
+    for other in others:
         for field in ("distance", "nearest", "residual", "iterations"):
             assert torch.equal(getattr(pruned, field), getattr(other, field)), field
 
