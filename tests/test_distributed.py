@@ -177,7 +177,7 @@ def groups_on(ranks: dict[int, list[int]], tokens: dict[int, int]) -> dict[int, 
     """Groups with alternating labels, by the rank that holds each rollout."""
     return {
         group: [
-            distributed._Rollout(
+            distributed.Rollout(
                 group=group, sample=i, label=i % 2, tokens=tokens[group], rank=rank, place=0
             )
             for i, rank in enumerate(holders)

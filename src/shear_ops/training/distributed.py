@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from ..ops import api, backends
 from ..ops.batch import STATE_DTYPES, Batch, Integers, Row, as_integers
 from .link import Link, Move
 from .weighting import Weighting, check_step
+
+TOGETHER_BYTES = 2**26  # of states: smaller groups are worth a common call
+NO_LAUNCH = ("cpu",)  # devices where a call of its own costs a group nothing
 
 
 class GroupWeights(NamedTuple):
@@ -50,15 +54,21 @@ class _Form(NamedTuple):
     rollouts: int
     dim: int
     dtype: int  # index into STATE_DTYPES
+    launches: int  # whether a call on the device of the states has to launch kernels
 
 
-class _Rollout(NamedTuple):
+class Rollout(NamedTuple):
+    """A rollout of any rank."""
+
     group: int
     sample: int
     label: int
     tokens: int
     rank: int
     place: int  # among the rollouts of its rank
+
+
+Groups = dict[int, list[Rollout]]  # by id; rollouts in the order of their sample ids
 
 
 def span_weights(
@@ -121,7 +131,12 @@ def span_weights(
     batch, ids = link.agree(check)
     states, offsets = batch.hidden.detach(), batch.cu_seqlens.tolist()
     found = regroup(
-        link, batch.rows(), ids, lambda i: states[offsets[i] : offsets[i + 1]], states, options
+        link,
+        batch.rows(),
+        ids,
+        lambda i, begin, end: states[offsets[i] + begin : offsets[i] + end],
+        states,
+        options,
     )
     weights = torch.ones(offsets[-1], dtype=torch.float32, device=states.device)
     for place, own in found.weights.items():
@@ -136,6 +151,7 @@ class Options(NamedTuple):
     weighting: Weighting
     step: int
     backend: str | None
+    group_size: int | None = None  # most rollouts of a group, if known
 
     def check(self, device: torch.device) -> None:
         """Raise TypeError or ValueError unless span_weights takes them for states on a device."""
@@ -152,6 +168,7 @@ class Options(NamedTuple):
             **{f"weighting.{name}": value for name, value in asdict(self.weighting).items()},
             "step": check_step(self.step),
             "backend": self.backend,
+            "group_size": self.group_size,
         }
 
 
@@ -169,112 +186,218 @@ class Regrouped(NamedTuple):
     pairs: api.PairCounts
 
 
+class Computed:
+    """Groups that this rank has computed.
+
+    Attributes:
+        weights: by group, (N,) float32 of its rollouts that take part, in the order of their sample
+            ids, before any Weighting.
+        pairs: counts, a call each.
+    """
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.weights: dict[int, Tensor] = {}
+        self.pairs: list[api.PairCounts] = []
+
+    def add(self, groups: Groups, states: Tensor, options: Options) -> None:
+        """Compute groups in one call; states (N, d) are theirs, rollout by rollout."""
+        members = _members(groups)
+        lengths = [r.tokens for r in members]
+        try:
+            weights, pairs = api.span_weights(
+                states,
+                cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
+                group_ids=[r.group for r in members],
+                labels=[r.label for r in members],
+                config=options.config,
+                backend=options.backend,
+                return_counts=True,
+            )
+        except ValueError as error:
+            raise _in_callers_words(error, states, members) from None
+        sizes = [_tokens(group) for group in groups.values()]
+        self.weights.update(zip(groups, torch.split(weights, sizes), strict=True))
+        self.pairs.append(pairs)
+
+    def add_local(
+        self,
+        groups: Groups,
+        take: Callable[[Rollout], Tensor],
+        like: Tensor,
+        options: Options,
+        frees: bool,
+    ) -> None:
+        """Compute groups whose rollouts are all here; arguments as in regroup."""
+        together = TOGETHER_BYTES // (like.shape[1] * like.element_size()) if frees else 0
+        for call in _calls(groups, _launches(like), together):
+            called = {group: groups[group] for group in call}
+            self.add(called, _assembled(called, take, like), options)
+
+
 def regroup(
     link: Link,
     rows: Sequence[Row],
     sample_ids: Sequence[int] | None,
-    take: Callable[[int], Tensor],
+    take: Callable[[int, int, int], Tensor],
     like: Tensor,
     options: Options,
+    *,
+    early: Computed | None = None,
+    frees: bool = False,
 ) -> Regrouped:
     """Bring every group with both labels to one rank, there compute it, and bring weights back.
 
-    One group per rank at a time: beside what the caller stores, a rank holds the states of one
-    group (while they are put together those that came from other ranks twice), or the workspace of
-    its computation if that is more.
+    Beside what the caller stores, a rank holds the states of its largest group, or of smaller ones
+    that are no more together, and the pieces of an exchange between ranks (see Link.exchange) or
+    the workspace of a computation.
 
     Args:
         link: the ranks. rows: this rank's rollouts, checked. sample_ids: as in span_weights.
-        take: the states of the rollout at a place in rows, on like's device. It is called once for
-            rollouts of groups with both labels, when their group's turn comes, and never for
-            others: what it returns need not be kept.
+        take: states of the rollout at a place in rows from token begin to token end, on any device.
+            It is asked once for each state of groups with both labels, when their group's turn
+            comes, and never for others: what it returns need not be kept.
         like: of the dtype, device and last dimension of all states. options: checked.
+        early: groups of options.group_size rollouts that this rank has computed already.
+        frees: whether the bytes of what take returns were on like's device, and are free then.
 
     Raises:
-        ValueError: arguments that differ between ranks, duplicate sample_ids, states that are
-            refused.
+        ValueError: arguments that differ between ranks, duplicate sample_ids, a group of more than
+            options.group_size rollouts, states that are refused.
         RuntimeError: on the other ranks if one rank raised.
     """
-    dim, dtype, before = _forms(link, like, len(rows), options, sample_ids is not None)
+    dim, dtype, launches, before = _forms(link, like, len(rows), options, sample_ids is not None)
+    like = torch.empty(0, dim, dtype=dtype, device=like.device)
     ids = range(before, before + len(rows)) if sample_ids is None else sample_ids
-    groups = _groups(link, rows, ids)
-    mixed = {group: taking for group, rollouts in groups.items() if (taking := _mixed(rollouts))}
+    groups = _groups(link, rows, ids, options.group_size)
+    mixed = {
+        group: taking for group, rollouts in groups.items() if (taking := mixed_members(rollouts))
+    }
     owners = _owners(mixed, link.size)
     moves = {
         group: [
-            Move(r, r.tokens, r.rank, owners[group]) for r in members if r.rank != owners[group]
+            Move(r, r.tokens, r.rank, owners[group])
+            for r in mixed[group]
+            if r.rank != owners[group]
         ]
-        for group, members in mixed.items()
+        for group in mixed
     }
-    computed: dict[_Rollout, Tensor] = {}
-    counted: list[api.PairCounts] = []  # of the groups that this rank computes
-    states_sent = 0
-    for turn in _turns(owners):
-        to_owner = [move for group in turn for move in moves[group]]
-        arrived, sent = link.exchange(to_owner, lambda r: take(r.place), columns=dim, dtype=dtype)
-        states_sent += sent
+    mine = {group: members for group, members in mixed.items() if owners[group] == link.rank}
+    computed = Computed() if early is None else early
 
-        def compute(turn: list[int] = turn, arrived: dict[_Rollout, Tensor] = arrived) -> None:
-            for group in (g for g in turn if owners[g] == link.rank):
-                members = mixed[group]
-                lengths = [r.tokens for r in members]
-                whole = torch.empty(sum(lengths), dim, dtype=dtype, device=like.device)
-                for part, r in zip(torch.split(whole, lengths), members, strict=True):
-                    part.copy_(arrived[r] if r in arrived else take(r.place))
-                arrived.clear()
-                weights, pairs = _of_group(whole, group, members, options)
-                counted.append(pairs)
-                computed.update(zip(members, weights, strict=True))
+    def local() -> None:
+        left = {g: mine[g] for g in mine if not moves[g] and g not in computed.weights}
+        computed.add_local(left, lambda r: take(r.place, 0, r.tokens), like, options, frees)
+
+    link.agree(local)
+    states_sent = 0
+    spread = {group: members for group, members in mixed.items() if moves[group]}
+    for turn in _turns(spread, owners, launches):
+        own = {group: mine[group] for group in turn if group in mine}
+        whole, parts = _room(own, like)
+        states_sent += link.exchange(
+            [move for group in turn for move in moves[group]],
+            lambda r, begin, end: take(r.place, begin, end),
+            parts.__getitem__,
+            columns=dim,
+            dtype=dtype,
+        )
+
+        def compute(
+            own: Groups = own, whole: Tensor = whole, parts: dict[Rollout, Tensor] = parts
+        ) -> None:
+            for r, part in parts.items():
+                if r.rank == link.rank:
+                    part.copy_(take(r.place, 0, r.tokens))
+            if own:
+                computed.add(own, whole, options)
 
         link.agree(compute)
-    returned, weights_sent = link.exchange(
+        del compute, whole, parts  # before there is room for the next turn
+    used: dict[Rollout, Tensor] = {}
+    for group, members in mine.items():
+        weights = options.weighting.apply(computed.weights[group], options.step)
+        used.update(zip(members, torch.split(weights, [r.tokens for r in members]), strict=True))
+    own_rollouts = [r for r in _members(mixed) if r.rank == link.rank]
+    used |= {
+        r: torch.empty(r.tokens, dtype=torch.float32, device=like.device)
+        for r in own_rollouts
+        if r not in used
+    }
+    weights_sent = link.exchange(
         [move.back() for group in mixed for move in moves[group]],
-        lambda rollout: computed[rollout][:, None],
+        lambda r, begin, end: used[r][begin:end, None],
+        lambda r: used[r][:, None],
         columns=1,
         dtype=torch.float32,
     )
-    own = [r for members in mixed.values() for r in members if r.rank == link.rank]
     return Regrouped(
-        weights={r.place: computed[r] if r in computed else returned[r][:, 0] for r in own},
+        weights={r.place: used[r] for r in own_rollouts},
         states_sent=states_sent,
         weights_sent=weights_sent,
         groups=len(groups),
         mixed_groups=len(mixed),
-        pairs=_sum_of_counts(link, counted),
+        pairs=_sum_of_counts(link, computed.pairs),
     )
 
 
-def _of_group(
-    states: Tensor, group: int, members: list[_Rollout], options: Options
-) -> tuple[tuple[Tensor, ...], api.PairCounts]:
-    """Weights of the rollouts of one group as they are used, and counts of its span pairs."""
-    lengths = [r.tokens for r in members]
-    try:
-        weights, pairs = api.span_weights(
-            states,
-            cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0),
-            group_ids=[group] * len(members),
-            labels=[r.label for r in members],
-            config=options.config,
-            backend=options.backend,
-            return_counts=True,
-        )
-    except ValueError as error:
-        raise _in_callers_words(error, states, members) from None
-    return torch.split(options.weighting.apply(weights, options.step), lengths), pairs
+def _members(groups: Groups) -> list[Rollout]:
+    return [rollout for members in groups.values() for rollout in members]
 
 
-def _turns(owners: Mapping[int, int]) -> list[list[int]]:
-    """Groups of which no two have one owner, one list after the other."""
-    turns: list[list[int]] = []
-    seen: dict[int, int] = {}  # groups of an owner so far
-    for group, owner in owners.items():
-        turn = seen.get(owner, 0)
-        seen[owner] = turn + 1
-        if turn == len(turns):
-            turns.append([])
-        turns[turn].append(group)
-    return turns
+def _tokens(rollouts: Sequence[Rollout]) -> int:
+    return sum(r.tokens for r in rollouts)
+
+
+def _room(groups: Groups, like: Tensor) -> tuple[Tensor, dict[Rollout, Tensor]]:
+    """Room (N, d) for the states of groups, and each rollout's part of it."""
+    members = _members(groups)
+    whole = like.new_empty(_tokens(members), like.shape[1])
+    parts = torch.split(whole, [r.tokens for r in members])
+    return whole, dict(zip(members, parts, strict=True))
+
+
+def _assembled(groups: Groups, take: Callable[[Rollout], Tensor], like: Tensor) -> Tensor:
+    whole, parts = _room(groups, like)
+    for rollout, part in parts.items():
+        part.copy_(take(rollout))
+    return whole
+
+
+def _launches(like: Tensor) -> bool:
+    return like.device.type not in NO_LAUNCH
+
+
+def _calls(groups: Groups, launches: bool, together: int = 0) -> list[list[int]]:
+    """Groups of one call each, in order: where it launches kernels, several small ones.
+
+    They have no more tokens together than the largest group has; where calls free the states that
+    they took, that and what is free by then, up to so many together. So the peak is that of one
+    group at a time.
+    """
+    if not launches:
+        return [[group] for group in groups]
+    most = max(map(_tokens, groups.values()), default=0)
+    calls: list[list[int]] = []
+    room, done, held = most, 0, 0  # held: tokens of the last call; done: of those before it
+    for group, members in groups.items():
+        tokens = _tokens(members)
+        if not calls or held + tokens > room:
+            done, held = done + held, 0
+            room = max(most, min(most + done, together))
+            calls.append([])
+        calls[-1].append(group)
+        held += tokens
+    return calls
+
+
+def _turns(groups: Groups, owners: Mapping[int, int], launches: bool) -> list[list[int]]:
+    """Groups, a call of every owner at a time."""
+    by_owner: dict[int, dict[int, list[Rollout]]] = {}
+    for group, members in groups.items():
+        by_owner.setdefault(owners[group], {})[group] = members
+    calls = [_calls(own, launches) for own in by_owner.values()]
+    return [[g for call in turn for g in call] for turn in zip_longest(*calls, fillvalue=[])]
 
 
 def mixed_groups(
@@ -344,9 +467,9 @@ def _plain(value: Any) -> Any:
 
 def _forms(
     link: Link, like: Tensor, rollouts: int, options: Options, with_ids: bool
-) -> tuple[int, torch.dtype, int]:
-    """Dimension and dtype of the states on all ranks, and the rollouts on the ranks before ours."""
-    own = _Form(rollouts=rollouts, dim=like.shape[1], dtype=STATE_DTYPES.index(like.dtype))
+) -> tuple[int, torch.dtype, bool, int]:
+    """Dimension, dtype and launches of all ranks' states, and the rollouts on those before ours."""
+    own = _Form(rollouts, like.shape[1], STATE_DTYPES.index(like.dtype), _launches(like))
     fields = options.fields() | {"the presence of sample_ids": with_ids}
     hashes = [_hash(value) for value in fields.values()]
     told = [row for (row,) in link.gather([[*own, *hashes]], len(own) + len(hashes))]
@@ -363,7 +486,8 @@ def _forms(
         seen = ", ".join(f"({dim}, {STATE_DTYPES[code]})" for dim, code in sorted(forms))
         raise ValueError(f"hidden must have one d and one dtype on all ranks, got {seen}")
     ((dim, code),) = forms
-    return dim, STATE_DTYPES[code], sum(form.rollouts for form in ranks[: link.rank])
+    launches = any(form.launches for form in ranks if form.rollouts)
+    return dim, STATE_DTYPES[code], launches, sum(form.rollouts for form in ranks[: link.rank])
 
 
 def _sum_of_counts(link: Link, counted: list[api.PairCounts]) -> api.PairCounts:
@@ -373,16 +497,16 @@ def _sum_of_counts(link: Link, counted: list[api.PairCounts]) -> api.PairCounts:
 
 
 def _groups(
-    link: Link, rows: Sequence[Row], sample_ids: Sequence[int]
-) -> dict[int, list[_Rollout]]:
+    link: Link, rows: Sequence[Row], sample_ids: Sequence[int], group_size: int | None
+) -> Groups:
     """Rollouts of all ranks by group, groups and rollouts in the order of their ids."""
     own = [(*row, sample) for row, sample in zip(rows, sample_ids, strict=True)]
     rollouts = sorted(
-        _Rollout(group, sample, label=label, tokens=tokens, rank=rank, place=place)
+        Rollout(group, sample, label=label, tokens=tokens, rank=rank, place=place)
         for rank, of_rank in enumerate(link.gather(own, columns=4))
         for place, (group, label, tokens, sample) in enumerate(of_rank)
     )
-    groups: dict[int, list[_Rollout]] = {}
+    groups: Groups = {}
     for rollout in rollouts:
         members = groups.setdefault(rollout.group, [])
         if members and members[-1].sample == rollout.sample:
@@ -391,16 +515,21 @@ def _groups(
                 f"{rollout.group} (ranks {members[-1].rank} and {rollout.rank})"
             )
         members.append(rollout)
+        if group_size is not None and len(members) > group_size:
+            raise ValueError(
+                f"group_size must be that of every group, got {group_size} and more rollouts of "
+                f"group {rollout.group}, on ranks {sorted({r.rank for r in members})}"
+            )
     return groups
 
 
-def _mixed(rollouts: list[_Rollout]) -> list[_Rollout]:
+def mixed_members(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Those that take part, if there are tokens with both labels; else none."""
     taking = [r for r in rollouts if r.label >= 0 and r.tokens > 0]
     return taking if {r.label for r in taking} == {0, 1} else []
 
 
-def _in_callers_words(error: ValueError, states: Tensor, members: list[_Rollout]) -> ValueError:
+def _in_callers_words(error: ValueError, states: Tensor, members: list[Rollout]) -> ValueError:
     """Name the rollout, by rank and sample id, where an error is about a token of members' states.
 
     The operator saw the rollouts of one group in an order that no caller knows.
@@ -421,7 +550,7 @@ def _in_callers_words(error: ValueError, states: Tensor, members: list[_Rollout]
     )
 
 
-def _owners(groups: dict[int, list[_Rollout]], ranks: int) -> dict[int, int]:
+def _owners(groups: Groups, ranks: int) -> dict[int, int]:
     """One of the ranks that hold a group: large groups first, each where it is least work.
 
     The work of a group is its token pairs; moving all of its states costs about as much again, so
@@ -440,6 +569,6 @@ def _owners(groups: dict[int, list[_Rollout]], ranks: int) -> dict[int, int]:
     return owners
 
 
-def _token_pairs(rollouts: list[_Rollout]) -> int:
+def _token_pairs(rollouts: list[Rollout]) -> int:
     correct = sum(r.tokens for r in rollouts if r.label)
     return correct * (sum(r.tokens for r in rollouts) - correct)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LONGEST_TEXT = 2000  # of an error, in characters
+PIECE_BYTES = 2**26  # of an exchange between ranks
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -100,40 +102,85 @@ class Link:
     def exchange(
         self,
         moves: Sequence[Move[Key]],
-        rows_of: Callable[[Key], Tensor],
+        rows_of: Callable[[Key, int, int], Tensor],
+        into: Callable[[Key], Tensor],
         columns: int,
         dtype: torch.dtype,
-    ) -> tuple[dict[Key, Tensor], int]:
+    ) -> int:
         """Move rows between ranks; moves are the same on all ranks, in the same order.
+
+        In pieces of at most PIECE_BYTES that a rank sends and as many that arrive at it: beside
+        what the caller holds, a rank needs memory for one piece of each.
 
         Args:
             moves: all of them, also those of other ranks.
-            rows_of: the (rows, columns) tensor of a key whose source is this rank.
+            rows_of: rows begin to end, on any device, of a key whose source is this rank. It is
+                asked for each row once, a key's rows in order.
+            into: the (rows, columns) tensor that takes a key whose target is this rank.
             columns, dtype: of all tensors.
 
         Returns:
-            What arrived at this rank by key, views of one buffer, and the bytes that it sent.
+            The bytes that this rank sent.
         """
-        if not moves:
-            return {}, 0
-        empty = torch.empty(0, columns, dtype=dtype, device=self.device)
-        leaving = sorted((m for m in moves if m.source == self.rank), key=lambda m: m.target)
-        coming = sorted((m for m in moves if m.target == self.rank), key=lambda m: m.source)
-        sent = torch.cat([empty, *(rows_of(move.key) for move in leaving)]).to(self.wire)
-        arrived = torch.empty(
-            sum(move.rows for move in coming), columns, dtype=dtype, device=self.wire
-        )
-        dist.all_to_all_single(
-            output=arrived.view(torch.uint8),  # every backend knows bytes
-            input=sent.view(torch.uint8),
-            output_split_sizes=[
-                sum(move.rows for move in coming if move.source == r) for r in range(self.size)
-            ],
-            input_split_sizes=[
-                sum(move.rows for move in leaving if move.target == r) for r in range(self.size)
-            ],
-            group=self.group,
-        )
-        parts = torch.split(arrived.to(self.device), [move.rows for move in coming])
-        received = {move.key: part for move, part in zip(coming, parts, strict=True)}
-        return received, sent.numel() * sent.element_size()
+        bytes_sent = 0
+        for piece in _pieces(moves, max(1, PIECE_BYTES // (columns * dtype.itemsize))):
+            leaving = sorted((p for p in piece if p.source == self.rank), key=lambda p: p.target)
+            coming = sorted((p for p in piece if p.target == self.rank), key=lambda p: p.source)
+            sent, arrived = (
+                torch.empty(sum(map(len, parts)), columns, dtype=dtype, device=self.wire)
+                for parts in (leaving, coming)
+            )
+            for part, rows in zip(leaving, torch.split(sent, [*map(len, leaving)]), strict=True):
+                rows.copy_(rows_of(part.key, part.begin, part.end))
+            dist.all_to_all_single(
+                output=arrived.view(torch.uint8),  # every backend knows bytes
+                input=sent.view(torch.uint8),
+                output_split_sizes=[
+                    sum(len(part) for part in coming if part.source == r) for r in range(self.size)
+                ],
+                input_split_sizes=[
+                    sum(len(part) for part in leaving if part.target == r) for r in range(self.size)
+                ],
+                group=self.group,
+            )
+            for part, rows in zip(coming, torch.split(arrived, [*map(len, coming)]), strict=True):
+                into(part.key)[part.begin : part.end].copy_(rows)
+            bytes_sent += sent.numel() * sent.element_size()
+        return bytes_sent
+
+
+@dataclass(frozen=True)
+class _Part(Generic[Key]):
+    """Rows begin to end of a move."""
+
+    key: Key
+    begin: int
+    end: int
+    source: int
+    target: int
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+
+def _pieces(moves: Iterable[Move[Key]], most: int) -> list[list[_Part[Key]]]:
+    """Cut moves so that no rank sends or receives more than most rows in a piece.
+
+    Every row is in the first piece that has room for it at both ends.
+    """
+    pieces: list[list[_Part[Key]]] = []
+    room: list[dict[tuple[str, int], int]] = []  # rows left, by piece and end
+    for move in moves:
+        ends = ("source", move.source), ("target", move.target)
+        begin = place = 0
+        while begin < move.rows:
+            if place == len(pieces):
+                pieces.append([])
+                room.append({})
+            left = room[place]
+            rows = min(move.rows - begin, *(left.get(end, most) for end in ends))
+            if rows:
+                pieces[place].append(_Part(move.key, begin, begin + rows, move.source, move.target))
+                left |= {end: left.get(end, most) - rows for end in ends}
+            begin, place = begin + rows, place + 1
+    return pieces
