@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -84,6 +85,7 @@ class HiddenBank:
     def _empty(self) -> None:
         self._rows: dict[int, Row] = {}  # by sample id
         self._states: dict[int, Tensor] = {}
+        self._held: Counter[torch.device] = Counter()  # bytes of states
         self._like: Tensor | None = None  # (0, d) with the dtype and device of the states
         self._groups: dict[int, list[Rollout]] = {}
         self._early = Computed()
@@ -95,7 +97,7 @@ class HiddenBank:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored states."""
-        return sum(states.nbytes for states in self._states.values())
+        return self._held.total()
 
     def add(
         self,
@@ -142,20 +144,20 @@ class HiddenBank:
             for place, (sample, row) in enumerate(zip(samples, rows, strict=True), len(self._rows))
         ]
         groups = self._with(new)
-        complete = {g for g, members in groups.items() if len(members) == self._group_size}
+        complete = {g: rs for g, rs in groups.items() if len(rs) == self._group_size}
         arrived = {r.sample: own for r, own in zip(new, parts, strict=True) if self._takes(r)}
         self._check_budget(
             [arrived[r.sample] for r in new if r.sample in arrived and r.group not in complete],
-            {r.sample for g in complete for r in groups[g]},
+            [r.sample for rollouts in complete.values() for r in rollouts],
         )
         self._like = states[:0].clone()
         self._rows.update(zip(samples, rows, strict=True))
         self._groups |= groups
         try:
-            self._compute({group: groups[group] for group in complete}, arrived)
+            self._compute(complete, arrived, self._like)
         finally:
             for sample, own in arrived.items():
-                self._states[sample] = self._store(own)
+                self._store(sample, own)
 
     def _takes(self, rollout: Rollout) -> bool:
         """Return whether a rollout's states may be needed."""
@@ -175,7 +177,9 @@ class HiddenBank:
                 )
         return {group: sorted(members) for group, members in groups.items()}
 
-    def _compute(self, complete: dict[int, list[Rollout]], arrived: dict[int, Tensor]) -> None:
+    def _compute(
+        self, complete: dict[int, list[Rollout]], arrived: dict[int, Tensor], like: Tensor
+    ) -> None:
         """Compute complete groups, and let their states go: those stored and those arrived."""
         mixed = {g: taking for g, members in complete.items() if (taking := mixed_members(members))}
         mixed = {g: taking for g, taking in mixed.items() if self._takes(taking[0])}
@@ -185,15 +189,15 @@ class HiddenBank:
             sample = rollout.sample
             return arrived[sample] if sample in arrived else self._states[sample]
 
-        assert self._like is not None
         # what fails here does so again in finalize, which tells all ranks
         with suppress(ValueError, torch.OutOfMemoryError):
-            self._early.add_local(mixed, take, self._like, options, frees=False)
+            self._early.add_local(mixed, take, like, options, frees=False)
         for group, members in complete.items():
             if group in self._early.weights or group not in mixed:
                 for rollout in members:
                     arrived.pop(rollout.sample, None)
-                    self._states.pop(rollout.sample, None)
+                    if (own := self._states.pop(rollout.sample, None)) is not None:
+                        self._held[own.device] -= own.nbytes
 
     def _check_like(self, states: Tensor) -> None:
         """Raise unless states have the dimension and dtype of those added before."""
@@ -204,19 +208,15 @@ class HiddenBank:
                 f"got d = {states.shape[1]} and {states.dtype}"
             )
 
-    def _held(self, device: torch.device, but: Collection[int] = ()) -> int:
-        """Bytes of states stored on a device, of all samples but some."""
-        stored = self._states.items()
-        return sum(s.nbytes for i, s in stored if s.device == device and i not in but)
-
-    def _check_budget(self, coming: Sequence[Tensor], going: Collection[int]) -> None:
+    def _check_budget(self, coming: Sequence[Tensor], going: Sequence[int]) -> None:
         """Raise MemoryError unless states can be stored once those of going samples are gone."""
         host = torch.device("cpu")
         if self._max_bytes is None or not coming:
             return
         if self._storage == "device" and coming[0].device != host:
             return  # what is above goes to the host
-        needed = self._held(host, going) + sum(states.nbytes for states in coming)
+        gone = sum(self._states[sample].nbytes for sample in going if sample in self._states)
+        needed = self._held[host] - gone + sum(states.nbytes for states in coming)
         if needed > self._max_bytes:
             raise MemoryError(
                 f"max_bytes must be at least {needed} to store these rollouts, too, got "
@@ -224,13 +224,15 @@ class HiddenBank:
                 "before the forwards, with group_size, and with fewer groups per finalize"
             )
 
-    def _store(self, states: Tensor) -> Tensor:
-        fits = self._max_bytes is None or (
-            self._held(states.device) + states.nbytes <= self._max_bytes
-        )
+    def _store(self, sample: int, states: Tensor) -> None:
+        most, held = self._max_bytes, self._held[states.device]
+        fits = most is None or held + states.nbytes <= most
         if states.device.type == "cpu" or (self._storage == "device" and fits):
-            return states.clone()  # not a view that keeps the whole micro-batch
-        return _pinned(states)
+            states = states.clone()  # not a view that keeps the whole micro-batch
+        else:
+            states = _pinned(states)
+        self._states[sample] = states
+        self._held[states.device] += states.nbytes
 
     def finalize(
         self,
