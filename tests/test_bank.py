@@ -199,14 +199,15 @@ def test_other_settings_in_finalize() -> None:
     [
         ({"group_size": 0}, ValueError, "group_size must be"),
         ({"group_size": 2.0}, TypeError, "group_size must be"),
-        ({"max_bytes": -1}, ValueError, "max_bytes must be"),
-        ({"max_bytes": "1"}, TypeError, "max_bytes must be"),
+        ({"max_bytes": 0}, ValueError, "max_bytes must be at least 1, got 0"),
+        ({"max_bytes": 1e9}, TypeError, "max_bytes must be an int, got 1000000000.0"),
         ({"config": {"span": 3}}, TypeError, "config must be"),
     ],
 )
 def test_refuses(given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         HiddenBank(**given)
+    HiddenBank(group_size=1, max_bytes=2**40)
 
 
 def test_max_bytes_on_the_host(states: list[Tensor], late: BankedWeights) -> None:

@@ -676,7 +676,29 @@ def test_info(shear: Shear) -> None:
     assert "triton" in shear("info").out
 
 
-@pytest.mark.parametrize("command", ["demo", "score", "info"])
+def test_plan(shear: Shear) -> None:
+    given = ("plan", "--groups", 3, "--rollouts", 4, "--tokens", 150, "--dim", 32, *OPTIONS)
+    seen = json.loads(shear(*given, "--json").out)
+    told = shear_ops.plan(
+        [i * 150 for i in range(13)], group_ids=[i // 4 for i in range(12)], labels=[0, 1] * 6,
+        dim=32, dtype=torch.bfloat16, config=SpanConfig(span=16, stride=5),
+    )  # fmt: skip
+    assert seen["plan"] == told._asdict()
+    parts = {"states": 12 * 150 * 64, "regrouping": 4 * 150 * 64}
+    assert seen["bytes"] == parts | {
+        "workspace": told.group_workspace_bytes,
+        "peak": sum(parts.values()) + told.group_workspace_bytes,
+    }
+    lines = shear(*given).out.splitlines()
+    assert [line.split()[0] for line in lines] == ["states", "regrouping", "workspace", "peak"]
+    assert [float(line.split()[1]) for line in lines] == [
+        round(size / 2**20, 1) for size in seen["bytes"].values()
+    ]
+    wide = json.loads(shear(*given, "--dtype", "float32", "--json").out)
+    assert wide["bytes"]["states"] == 2 * parts["states"]
+
+
+@pytest.mark.parametrize("command", ["demo", "score", "plan", "info"])
 def test_help_teaches(command: str, shear: Shear) -> None:
     done = shear(command, "--help")
     assert done.code == 0
@@ -713,6 +735,9 @@ def test_bad_input_is_one_line_and_exit_code_2(shear: Shear, file: Path, tmp_pat
         ("score",): "Missing argument 'FILE'",
         ("score", file, "--nonsense"): "No such option",
         ("nonsense",): "No such command 'nonsense'",
+        ("plan", "--tokens", 0): "--tokens must be in [1, 2^31), got 0",
+        ("plan", "--groups", 2**30): "--groups times --rollouts times --tokens must be in",
+        ("plan", "--stride", 200): "stride must be at most span (100), got 200",
         ("demo", "file"): "unexpected extra argument",
         ("demo", "--report", tmp_path / "no" / "file"): "no such folder",
     }

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import ranks
-from shear_ops import HiddenBank, SpanConfig, distributed, plan
+from shear_ops import _C, HiddenBank, Plan, SpanConfig, distributed, plan
 from shear_ops.ops import api
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -28,6 +28,7 @@ CONFIG = SpanConfig(distance="chamfer")
 class Seen(NamedTuple):
     stored: int  # bytes of this process's states
     grown: int  # resident bytes at the peak of the call over those before it
+    whole: int  # the same over those before there were states
 
 
 def resident(field: str) -> int:
@@ -35,19 +36,32 @@ def resident(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
 
-def growth(call: Callable[[], object]) -> int:
+def restart() -> int:
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # the peak starts again from here
-    before = resident("VmRSS")
+    return resident("VmRSS")
+
+
+def growth(call: Callable[[], object]) -> int:
+    before = restart()
     call()
     return resident("VmHWM") - before
 
 
-def workspace() -> int:
+def planned(groups: int) -> Plan:
+    rollouts = groups * SIZE
     return plan(
-        [i * TOKENS for i in range(SIZE + 1)], group_ids=[0] * SIZE, labels=[0, 1] * (SIZE // 2),
-        dim=DIM, config=CONFIG,
-    ).workspace_bytes  # fmt: skip
+        [i * TOKENS for i in range(rollouts + 1)], group_ids=[i // SIZE for i in range(rollouts)],
+        labels=[i % 2 for i in range(rollouts)], dim=DIM, config=CONFIG, threads=1,
+    )  # fmt: skip
+
+
+def peak(told: Plan) -> int:
+    return told.states_bytes + told.regrouping_bytes + told.group_workspace_bytes
+
+
+def workspace() -> int:
+    return planned(1).workspace_bytes
 
 
 def states(rollouts: int) -> torch.Tensor:
@@ -63,15 +77,18 @@ def step(rank: int, how: str, groups: int) -> Seen:
             "group_ids": [i // SIZE for i in mine], "labels": [i % 2 for i in mine],
             "sample_ids": mine,
         }  # fmt: skip
-        if how == "bank":
-            bank = HiddenBank()
+        before = restart()
+        if how != "all at once":
+            early = how == "group_size"
+            bank = HiddenBank(group_size=SIZE if early else None, config=CONFIG)
             for place, i in enumerate(mine):
                 offsets = torch.tensor([0, TOKENS])
                 one = {name: [values[place]] for name, values in given.items()}
                 bank.add(states(1), cu_seqlens=offsets, **one)
                 assert one["sample_ids"] == [i]
             stored = bank.nbytes
-            grown = growth(partial(bank.finalize, config=CONFIG))
+            # not restarted where groups were computed before
+            grown = 0 if early else growth(bank.finalize)
         else:
             hidden, offsets = states(len(mine)), torch.arange(len(mine) + 1) * TOKENS
             stored = hidden.numel() * 4
@@ -80,7 +97,7 @@ def step(rank: int, how: str, groups: int) -> Seen:
                     distributed.span_weights, hidden, cu_seqlens=offsets, config=CONFIG, **given
                 )
             )
-    return Seen(stored, grown)
+    return Seen(stored, grown, resident("VmHWM") - before)
 
 
 @pytest.mark.parametrize("how", ["bank", "all at once"])
@@ -91,6 +108,43 @@ def test_a_step_needs_one_group_beside_the_states(size: int, how: str) -> None:
         assert seen.stored > 5 * (3 * GROUP_BYTES + SLACK) / size  # else this would show nothing
         # with ranks, what comes from and goes to others is there for a moment, too
         assert seen.grown <= size * GROUP_BYTES + workspace() + SLACK
+        if size == 1:
+            assert seen.whole == pytest.approx(peak(planned(GROUPS)), rel=0.1)
+
+
+def test_complete_groups_are_never_there_together() -> None:
+    """With group_size: one being completed and one being computed."""
+    (seen,) = ranks.run(1, step, "group_size", GROUPS)
+    assert seen.stored == 0
+    assert seen.whole <= 2 * GROUP_BYTES + workspace() + SLACK
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("group_size", [SIZE, None])
+def test_a_step_on_a_gpu(group_size: int | None) -> None:
+    """As torch counts; the workspace is that of the GPU's own plan."""
+    tokens, device = 20 * TOKENS, torch.cuda.get_device_properties(0)
+    offsets = [i * tokens for i in range(SIZE + 1)]
+    workspace = _C.device_plan(
+        offsets, [0] * SIZE, [0, 1] * (SIZE // 2), dim=DIM, span=CONFIG.span, stride=CONFIG.stride,
+        distance=1, tokens=offsets[-1], processors=device.multi_processor_count,
+        shared_bytes=device.shared_memory_per_block_optin - _C.STATIC_SHARED_BYTES,
+    )["workspace_bytes"]  # fmt: skip
+    for count in (1, GROUPS):  # one warm-up group first
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        bank = HiddenBank(group_size=group_size, config=CONFIG)
+        for i in range(count * SIZE):
+            hidden = torch.rand(tokens, DIM, dtype=torch.bfloat16, device="cuda")
+            one = {"sample_ids": [i], "group_ids": [i // SIZE], "labels": [i % 2]}
+            bank.add(hidden, cu_seqlens=torch.tensor([0, tokens]), **one)
+        bank.finalize()
+        grown = torch.cuda.max_memory_allocated() - before
+    group = SIZE * tokens * DIM * 2
+    stored = group if group_size else GROUPS * group
+    assert grown <= 1.1 * (stored + group + workspace)
+    assert grown >= 0.9 * stored
 
 
 def test_the_states_of_a_group_go_when_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

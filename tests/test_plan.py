@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import accumulate
 from typing import Any
 
 import pytest
+import torch
 
 from shear_ops import _C, SpanConfig, plan
 
@@ -65,6 +67,31 @@ def test_many_groups_share_chunks() -> None:
         dim=256,
     )
     assert (seen.mixed_groups, seen.pairs, seen.chunks) == (groups, 4 * groups, 1)
+
+
+def test_memory_of_a_training_step() -> None:
+    """Of the groups with both labels the largest at a time; ignored rollouts are not stored."""
+    lengths = [300, 200, 50, 400, 700, 150, 0, 80, 20]
+    given: dict[str, Any] = {
+        "cu_seqlens": [0, *accumulate(lengths)], "group_ids": [1, 1, 1, 2, 2, 3, 3, 4, 4],
+        "labels": [1, 0, -1, 0, 1, 1, 0, 1, 1], "dim": 64, "threads": 2,
+    }  # fmt: skip
+    seen = plan(**given, dtype=torch.bfloat16)
+    assert seen.states_bytes == (sum(lengths) - 50) * 64 * 2
+    assert seen.regrouping_bytes == 1100 * 64 * 2
+    alone = [
+        plan([0, *accumulate(own)], group_ids=[0, 0], labels=[1, 0], dim=64, threads=2)
+        for own in ((300, 200), (700, 400))
+    ]
+    assert seen.group_workspace_bytes == max(one.workspace_bytes for one in alone)
+    assert seen.workspace_bytes > seen.group_workspace_bytes
+    wide = plan(**given)
+    assert wide[6:8] == (2 * seen.states_bytes, 2 * seen.regrouping_bytes)
+    assert wide[:6] == seen[:6]
+    one_label = plan([0, 9, 20], group_ids=[1, 1], labels=[0, 0], dim=64)
+    assert one_label[6:] == (20 * 64 * 4, 0, 0)
+    with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, got"):
+        plan(**given, dtype=torch.float64)
 
 
 MEASURE = """

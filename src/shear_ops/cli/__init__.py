@@ -1,1 +1,1 @@
-"""The command line: shear-ops demo, score, info."""
+"""The command line: shear-ops demo, score, plan, info."""

@@ -1,4 +1,4 @@
-"""The commands demo, score and info."""
+"""The commands demo, score, plan and info."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .. import build_info, cpu_isa
-from ..config import CHOICES, SpanConfig
+from .. import build_info, cpu_isa, plan
+from ..config import CHOICES, SpanConfig, check_count
 from ..ops import backends
 from .output import check_output, escaped, same_file, write_output
 from .report import html_report
@@ -26,6 +26,7 @@ from .terminal import print_summary
 
 EXTRAS = ("click", "rich", "safetensors", "matplotlib", "pot")
 NUMBERS = {"span": int, "stride": int, "reg": float, "n_iters": int, "tol": float}
+DTYPES = ("float32", "float16", "bfloat16")
 DEFAULTS = SpanConfig()
 OUTPUT = click.Path(readable=False, path_type=Path)  # nobody needs to read what is there
 HELP = {
@@ -128,6 +129,65 @@ def score(
     """
     out = out or file.parent / f"{file.stem}.weights.safetensors"
     _run(file, options, report, reference, out)
+
+
+@commands.command("plan")
+@click.option("--groups", default=64, show_default=True, help="Groups of a training step.")
+@click.option("--rollouts", default=8, show_default=True, help="Rollouts of a group.")
+@click.option("--tokens", default=3000, show_default=True, help="Tokens of a rollout.")
+@click.option("--dim", default=3584, show_default=True, help="Hidden dimension of the model.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of states."
+)
+@click.option("--span", default=DEFAULTS.span, show_default=True, help=HELP["span"])
+@click.option("--stride", default=DEFAULTS.stride, show_default=True, help=HELP["stride"])
+@click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
+def plan_step(
+    groups: int,
+    rollouts: int,
+    tokens: int,
+    dim: int,
+    dtype: str,
+    span: int,
+    stride: int,
+    as_json: bool,
+) -> None:
+    """Say how much memory a training step takes, before it is made.
+
+    For groups whose rollouts are half correct, on one process; on several, those that a rank has.
+    The workspace is that of the CPU backend; that of a GPU is at most 1.125 GiB.
+
+    Example: shear-ops plan --groups 64 --tokens 8000 --dim 4096
+    """
+    for name, count in (("--groups", groups), ("--rollouts", rollouts), ("--tokens", tokens)):
+        check_count(name, count)
+    total = groups * rollouts
+    check_count("--groups times --rollouts times --tokens", total * tokens)
+    found = plan(
+        range(0, total * tokens + 1, tokens),
+        group_ids=[i // rollouts for i in range(total)],
+        labels=[i % 2 for i in range(total)],
+        dim=dim,
+        dtype=getattr(torch, dtype),
+        config=SpanConfig(span=span, stride=stride),
+    )
+    needed = {
+        "states": found.states_bytes,
+        "regrouping": found.regrouping_bytes,
+        "workspace": found.group_workspace_bytes,
+    }
+    needed["peak"] = sum(needed.values())
+    if as_json:
+        _print_json({"bytes": needed, "plan": found._asdict()})
+        return
+    what = {
+        "states": "of all groups: HiddenBank; with group_size those of incomplete groups only",
+        "regrouping": "one group at a time; several ranks exchange pieces of 64 MiB beside it",
+        "workspace": f"of a group, on the CPU with {torch.get_num_threads()} threads",
+        "peak": f"of {found.mixed_groups} groups, {found.spans} spans, {found.pairs} span pairs",
+    }
+    for name, size in needed.items():
+        click.echo(f"{name:<10} {size / 2**20:>12,.1f} MiB  {what[name]}")
 
 
 @commands.command()

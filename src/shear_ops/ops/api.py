@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -21,7 +22,15 @@ from ..config import (
     check_tol,
 )
 from . import backends
-from .batch import INTEGER_DTYPES, Batch, Integers, as_integers, check_dense, check_states
+from .batch import (
+    INTEGER_DTYPES,
+    STATE_DTYPES,
+    Batch,
+    Integers,
+    as_integers,
+    check_dense,
+    check_states,
+)
 
 
 class PairCounts(NamedTuple):
@@ -87,7 +96,18 @@ class SinkhornResult(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a call will cost: counts, and the peak of memory beyond inputs and outputs in bytes."""
+    """What span_weights costs in one call, and what memory a training step takes.
+
+    Attributes:
+        spans, mixed_groups, pairs, token_pairs, chunks: counts of one call with all rollouts.
+        workspace_bytes: its peak of memory beyond inputs and outputs.
+        states_bytes: of the rollouts with labels 1 and 0, as a HiddenBank has them before finalize;
+            with group_size it has those of incomplete groups only.
+        regrouping_bytes: states of the largest group with both labels, put together from its
+            rollouts.
+        group_workspace_bytes: the largest workspace of a call with one group. A HiddenBank's peak
+            is states_bytes + regrouping_bytes + group_workspace_bytes.
+    """
 
     spans: int
     mixed_groups: int
@@ -95,6 +115,9 @@ class Plan(NamedTuple):
     token_pairs: int
     chunks: int
     workspace_bytes: int
+    states_bytes: int
+    regrouping_bytes: int
+    group_workspace_bytes: int
 
 
 def _checked(
@@ -537,14 +560,15 @@ def plan(
     group_ids: Integers,
     labels: Integers,
     dim: int,
+    dtype: torch.dtype = torch.float32,
     config: SpanConfig = SpanConfig(),
     threads: int | None = None,
 ) -> Plan:
-    """What span_weights will do on the CPU and allocate, without doing it.
+    """What span_weights or a HiddenBank will do on the CPU and allocate, without doing it.
 
     Args:
         cu_seqlens, group_ids, labels, config: as in span_weights.
-        dim: hidden dimension d.
+        dim: hidden dimension d. dtype: of the hidden states.
         threads: default torch.get_num_threads(); each has scratch of its own.
 
     Raises:
@@ -554,17 +578,40 @@ def plan(
     check_count("dim", dim)
     if threads is not None:
         check_count("threads", threads)
+    if dtype not in STATE_DTYPES:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     backends.choose("cpu", torch.device("cpu"), config.distance)
-    offsets = as_integers("cu_seqlens", cu_seqlens)
-    counts: dict[str, Any] = _C.plan(
-        offsets.tolist(),
-        as_integers("group_ids", group_ids).tolist(),
-        as_integers("labels", labels).tolist(),
-        tokens=int(offsets[-1]) if offsets.shape[0] else 0,
-        dim=dim,
-        span=config.span,
-        stride=config.stride,
-        distance=CHOICES["distance"].index(config.distance),
-        threads=torch.get_num_threads() if threads is None else threads,
+    offsets: list[int] = as_integers("cu_seqlens", cu_seqlens).tolist()
+    groups: list[int] = as_integers("group_ids", group_ids).tolist()
+    truth: list[int] = as_integers("labels", labels).tolist()
+
+    def counts(offsets: list[int], groups: list[int], truth: list[int]) -> dict[str, Any]:
+        found: dict[str, Any] = _C.plan(
+            offsets, groups, truth,
+            tokens=offsets[-1] if offsets else 0,
+            dim=dim,
+            span=config.span,
+            stride=config.stride,
+            distance=CHOICES["distance"].index(config.distance),
+            threads=torch.get_num_threads() if threads is None else threads,
+        )  # fmt: skip
+        return found
+
+    whole = counts(offsets, groups, truth)  # checks them all
+    taking: dict[int, list[tuple[int, int]]] = {}  # (label, tokens)
+    for group, label, (begin, end) in zip(groups, truth, pairwise(offsets), strict=True):
+        if label >= 0 and end > begin:
+            taking.setdefault(group, []).append((int(label), end - begin))
+    mixed = {tuple(members) for members in taking.values() if len(dict(members)) == 2}
+
+    def workspace(members: tuple[tuple[int, int], ...]) -> int:
+        own, lengths = zip(*members, strict=True)
+        return int(counts([0, *accumulate(lengths)], [0] * len(own), [*own])["workspace_bytes"])
+
+    row = dim * dtype.itemsize
+    return Plan(
+        **whole,
+        states_bytes=row * sum(t for members in taking.values() for _, t in members),
+        regrouping_bytes=row * max((sum(t for _, t in members) for members in mixed), default=0),
+        group_workspace_bytes=max(map(workspace, mixed), default=0),
     )
-    return Plan(**counts)

@@ -72,9 +72,13 @@ class HiddenBank:
         """Make an empty bank."""
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
-        for name, count in (("group_size", group_size), ("max_bytes", max_bytes)):
-            if count is not None:
-                check_count(name, count)
+        if group_size is not None:
+            check_count("group_size", group_size)
+        if max_bytes is not None:
+            if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+                raise TypeError(f"max_bytes must be an int, got {max_bytes!r}")
+            if max_bytes < 1:
+                raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         check_config(config)
         self._storage = storage
         self._mixed_groups = None if mixed_groups is None else {int(g) for g in mixed_groups}
