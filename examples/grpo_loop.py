@@ -78,7 +78,7 @@ def main() -> None:
         advantages = ((by_group - by_group.mean(1, keepdim=True)) / spread).flatten()
 
         samples = rank * len(tokens) + torch.arange(len(tokens))
-        bank, old = HiddenBank(), []
+        bank, old = HiddenBank(group_size=GROUP, config=spans), []
         for rows in torch.arange(len(tokens)).split(12):  # micro-batches that split groups
             with torch.no_grad(), capture.recording(mask[rows]) as recording:
                 old.append(log_probs(model, tokens[rows]))
@@ -89,7 +89,7 @@ def main() -> None:
                 group_ids=groups[rows],
                 labels=labels_from_rewards(rewards[rows]),
             )
-        found = bank.finalize(config=spans, weighting=Weighting(mean_one=True), step=step)
+        found = bank.finalize(weighting=Weighting(mean_one=True), step=step)
         weights = torch.ones(mask.shape)
         weights[mask.bool()] = torch.cat(list(found.weights.values()))
 

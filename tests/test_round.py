@@ -57,25 +57,29 @@ def scored(places: list[int], rewards: Any = REWARDS) -> Rollouts:
     )
 
 
-def run(places: list[int], settings: Settings = SETTINGS, step: int = 0) -> Any:
+def run(
+    places: list[int], settings: Settings = SETTINGS, step: int = 0, group_size: int | None = None
+) -> Any:
     """A round of micro-batches of three rollouts, the last ones first."""
-    rollouts, made, own = scored(places), Round(settings), states()
+    rollouts, made, own = scored(places), Round(settings, group_size), states()
     order = list(range(len(places)))[::-1]
     for first in range(0, len(order), 3):
         part = order[first : first + 3]
         hidden = torch.cat([own[places[i]] for i in part])
         made.add(hidden, [LENGTHS[places[i]] for i in part], rollouts.at(part))
     assert len(made) == len(places)
+    assert (made._bank.nbytes == 0) is (group_size is not None or not places)
     found = made.finish(step)
     assert len(made) == 0
     return found
 
 
-def test_one_process() -> None:
+@pytest.mark.parametrize("group_size", [None, SIZE])
+def test_one_process(group_size: int | None) -> None:
     everything = list(range(len(LENGTHS)))
     assert scored(everything) == Rollouts(everything, [i // SIZE for i in everything], LABELS)
     assert scored(everything).mixed_share == pytest.approx(2 / 3)
-    found, weights = run(everything), wanted()
+    found, weights = run(everything, group_size=group_size), wanted()
     assert (found.groups, found.mixed_groups) == (3, 2)
     assert sorted(found.weights) == everything
     assert all(torch.equal(found.weights[i], weights[i]) for i in everything)

@@ -97,7 +97,7 @@ class ShearMixin(_Base):  # type: ignore[misc]
             ignored=[s.is_truncated for s in samples] if self.overlong_filter else None,
             training=self.model.training,
         )
-        self._shear_round = Round(settings)
+        self._shear_round = Round(settings, group_size=size)
         return super()._prepare_batch_inputs(samples)
 
     def _get_per_token_logps_and_entropies(

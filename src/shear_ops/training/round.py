@@ -161,13 +161,13 @@ class Round:
     """States of micro-batches, in any order and on any ranks; then the weights of all of them.
 
     Args:
-        settings: of the trainer.
+        settings: of the trainer. group_size: as in HiddenBank.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, group_size: int | None = None) -> None:
         """Start without rollouts."""
         self._settings = settings
-        self._bank = HiddenBank()
+        self._bank = HiddenBank(group_size=group_size, config=settings.spans)
 
     def __len__(self) -> int:
         """Return the number of rollouts added."""
