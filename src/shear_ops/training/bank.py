@@ -193,8 +193,10 @@ class HiddenBank:
             sample = rollout.sample
             return arrived[sample] if sample in arrived else self._states[sample]
 
+        # as in finalize, whatever mode the caller's forward runs in
+        modes = torch.inference_mode(False), torch.autocast(like.device.type, enabled=False)
         # what fails here does so again in finalize, which tells all ranks
-        with suppress(ValueError, torch.OutOfMemoryError):
+        with suppress(ValueError, torch.OutOfMemoryError), modes[0], modes[1]:
             self._early.add_local(mixed, take, like, options, frees=False)
         for group, members in complete.items():
             if group in self._early.weights or group not in mixed:
