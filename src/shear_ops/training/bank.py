@@ -113,14 +113,13 @@ class HiddenBank:
         group_ids: Integers,
         labels: Integers,
     ) -> None:
-        """Add the rollouts of a micro-batch.
+        """Add the rollouts of a micro-batch, and with group_size compute the complete groups.
+
+        States of these that are refused, as NaN is, are an error of finalize, on all ranks.
 
         Args:
             hidden, cu_seqlens, mask, group_ids, labels: as in shear_ops.span_weights.
             sample_ids: (B,) integers, each added once.
-
-        States of a group that is computed here and refused, as NaN is, are an error of finalize,
-        on all ranks.
 
         Raises:
             TypeError, ValueError: naming the argument, the value seen and the value wanted.
