@@ -22,6 +22,7 @@ from .ops.api import (
     weighted_advantages,
 )
 from .training import distributed
+from .training.apply import scale_gradient
 from .training.bank import BankedWeights, HiddenBank
 from .training.capture import HiddenCapture
 from .training.groups import group_ids_from_uids
@@ -47,6 +48,7 @@ __all__ = [
     "pair_distances",
     "plan",
     "reference",
+    "scale_gradient",
     "sinkhorn",
     "span_distances",
     "span_weights",

@@ -23,10 +23,17 @@ accelerator) and, with trl 1.16.0, DeepSpeed ZeRO-2 and ZeRO-3; prompts with an 
 Runs with stubs: use_vllm with a server, whose answers are made up (not with trl 1.0.0). From
 source only: FSDP1 and a vLLM engine in the same process, which need a GPU.
 
-Not supported, and refused: trl before 0.29; importance_sampling_level other than "token";
-use_liger_kernel where trl's Liger loss takes one advantage per rollout; trl's trainers with such
-a loss (GMPO); subclasses that filter, add or reorder rollouts after they were scored. The loss of
-a subclass of your own has to take advantages of shape (B, C).
+Weights multiply advantages where the loss takes them per token; with importance_sampling_level
+"sequence", and in trl's GMPO and GSPO-token, the gradient of the log-probabilities, which makes
+that of "sequence" GSPO-token's (ShearConfig(apply=...); docs/trainers.md has a table of losses). A
+KL term (beta) is not scaled.
+
+Not supported, and refused: trl before 0.29; use_liger_kernel where trl's Liger loss takes one
+advantage per rollout and makes the log-probabilities itself; use_bias_correction_kl
+(trl's default from 1.16 on) with apply="gradient" and beta; other trainers of trl with a loss of their own; subclasses that filter, add or
+reorder rollouts after they were scored. The loss of a subclass of your own has to take advantages
+of shape (B, C), or, with apply="gradient", to read log-probabilities of the policy and of the
+reference after the forward of the loss.
 """
 
 from __future__ import annotations
@@ -42,6 +49,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from ..ops.api import labels_from_rewards
+from ..training.apply import reference_beside, scale_gradient, weighted
 from ..training.capture import HiddenCapture, Recording, evaluating
 from ..training.metrics import log_weights
 from ..training.round import Rollouts, lay_back, watch, weigh
@@ -50,6 +58,7 @@ from .unsloth import UnslothLayout, generated
 
 MODES = ("auto", "loss", "score")
 OLDEST_TRL = (0, 29)
+READ = ("trl.experimental.gmpo", "trl.experimental.gspo_token")  # losses of their own
 
 Trainer = TypeVar("Trainer")
 
@@ -62,7 +71,7 @@ class ShearConfig(RewardSettings):
     """How token weights are made in a GRPOTrainer.
 
     Args:
-        threshold, align, spans, weighting, correctness: as in RewardSettings.
+        threshold, align, spans, weighting, apply, correctness: as in RewardSettings.
         mode: ``"loss"``, ``"score"`` (see the module), or ``"auto"``: loss where it is possible.
 
     Raises:
@@ -79,7 +88,10 @@ class ShearConfig(RewardSettings):
 
 
 class ShearMixin(_Base):  # type: ignore[misc]
-    """Multiplies the advantages of a GRPOTrainer with token weights; put it before the trainer.
+    """Applies token weights in the loss of a GRPOTrainer; put it before the trainer.
+
+    Other weights, as of the entropy, compose by token_weights; rewards per token of your own as
+    advantages (B, C) in the batch of a trainer that the mixin goes before.
 
     Logs over all completion tokens of a generation batch ``shear/weight_mean``, ``weight_p95``,
     ``weight_max``, ``mixed_groups``, the share of groups with both labels (the others have weight
@@ -95,7 +107,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self.shear_config = config = ShearConfig() if config is None else config
         if not isinstance(config, ShearConfig):
             raise TypeError(f"shear_config must be a ShearConfig, got {config!r}")
-        refuse(refusals(self))
+        self._shear_apply = self._shear_choose_apply(config.apply)
+        refuse(refusals(self, self._shear_apply))
         if generated(type(self)) and not isinstance(self, UnslothLayout):
             raise TypeError(
                 "UnslothLayout must come before ShearMixin where Unsloth generated the trainer, "
@@ -140,8 +153,11 @@ class ShearMixin(_Base):  # type: ignore[misc]
                 recording: Recording | None = self._shear_recording  # set by that forward
                 if recording is None:
                     raise self._shear_no_forward("log-probabilities", "")
-                self._weigh(batch, recording)
+                batch["shear_weights"] = self._weigh(batch, recording)
                 del batch["shear_samples"], batch["shear_labels"]
+                if self._shear_apply == "advantages":
+                    weights = self._shear_taken(batch, None)
+                    batch["advantages"] = weighted(batch["advantages"], weights)
             return batch
         finally:
             self._shear_scoring, self._shear_recording = False, None
@@ -183,23 +199,70 @@ class ShearMixin(_Base):  # type: ignore[misc]
         wanted = inputs is not None or (self._shear_scoring and self._shear_recording is None)
         if not wanted or capture is None or model is self.ref_model or capture.reference_pass:
             return compute(*rest, **kwargs)
-        mask = self._shear_recorded(input_ids, attention_mask, logits_to_keep)
-        result, recording = capture.record(mask, lambda: compute(*rest, **kwargs))
-        if inputs is None:
-            self._shear_recording = recording
+        if inputs is not None and "shear_weights" in inputs:
+            result = compute(*rest, **kwargs)
         else:
-            self._weigh(inputs, recording)  # trl reads the advantages after this forward
-            self._shear_inputs = None
-        return result
+            mask = self._shear_recorded(input_ids, attention_mask, logits_to_keep)
+            result, recording = capture.record(mask, lambda: compute(*rest, **kwargs))
+            if inputs is None:
+                self._shear_recording = recording
+                return result
+            inputs["shear_weights"] = self._weigh(inputs, recording)
+        self._shear_inputs = None
+        logps, entropies, *others = result
+        weights = self._shear_taken(inputs, entropies)
+        # trl reads advantages and the reference's log-probabilities after this forward
+        if self._shear_apply == "advantages":
+            inputs["advantages"] = weighted(inputs["advantages"], weights)
+            return result
+        reference = inputs.get("ref_per_token_logps")
+        if reference is not None:
+            inputs["ref_per_token_logps"] = reference_beside(reference, logps, weights)
+        return scale_gradient(logps, weights), entropies, *others
+
+    def token_weights(
+        self, weights: Tensor, batch: dict[str, Any], entropies: Tensor | None
+    ) -> Tensor:
+        """The weights that are applied; override it to multiply SHEAR's with others.
+
+        Called once per micro-batch, where weights multiply the advantages or the gradient.
+
+        Args:
+            weights: (B, C) SHEAR's, 1 where there is no token.
+            batch: what trl has of the rollouts: completion_ids, completion_mask, advantages, ...,
+                and (B, ...) tensors that _generate_and_score_completions of yours put there.
+            entropies: (B, C) of the policy in the forward of the loss; None where weights multiply
+                when rollouts are scored (score mode with apply="advantages").
+
+        Returns:
+            (B, C), constants of at least 0.
+        """
+        return weights
+
+    def _shear_taken(self, batch: dict[str, Any], entropies: Tensor | None) -> Tensor:
+        """Take the weights out of a batch, as token_weights wants them applied."""
+        given = batch.pop("shear_weights")
+        detached = None if entropies is None else entropies.detach()
+        weights = self.token_weights(given, batch, detached)
+        if weights.shape != given.shape:
+            raise ValueError(
+                f"token_weights must return {tuple(given.shape)}, got {tuple(weights.shape)}"
+            )
+        return weights
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if "shear_samples" not in inputs:  # weighted when scored
+        if not {"shear_samples", "shear_weights"} & inputs.keys():  # weighted when scored
             return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
         self._shear_inputs = inputs = dict(inputs)  # trl may use its own again
         try:
             loss: Tensor = super()._compute_loss(model, inputs)
             if self._shear_inputs is not None:
-                raise self._shear_no_forward("a loss", ": use ShearConfig(mode='score')")
+                raise self._shear_no_forward(
+                    "a loss",
+                    ": use ShearConfig(mode='score')"
+                    if self._shear_apply == "advantages"
+                    else ", whose log-probabilities apply='gradient' needs",
+                )
         finally:
             self._shear_inputs = None
         return loss
@@ -225,6 +288,12 @@ class ShearMixin(_Base):  # type: ignore[misc]
             )
         return wanted if wanted != "auto" else "loss" if whole else "score"
 
+    def _shear_choose_apply(self, wanted: str) -> str:
+        if wanted != "auto":
+            return wanted
+        token_level = self.importance_sampling_level == "token" and not _own_loss(type(self))
+        return "advantages" if token_level else "gradient"
+
     def _shear_recorded(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
         """Where a forward over rows (B, S) has the tokens of their last columns, the completion."""
         return attention_mask[:, -completion:]
@@ -233,8 +302,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         """(B, C): the tokens of the completions of a batch."""
         return batch["completion_mask"].bool()  # type: ignore[no-any-return]
 
-    def _weigh(self, batch: dict[str, Any], recording: Recording) -> None:
-        """Replace the advantages (B,) of a batch by weighted ones (B, C)."""
+    def _weigh(self, batch: dict[str, Any], recording: Recording) -> Tensor:
+        """Token weights (B, C) of a batch."""
         completion = self._shear_completion(batch)
         mask = completion & batch["tool_mask"].bool() if "tool_mask" in batch else completion
         training, samples = self.model.training, batch["shear_samples"].tolist()
@@ -249,9 +318,9 @@ class ShearMixin(_Base):  # type: ignore[misc]
         rewards = self._shear_rewards[:, self._shear_correctness]
         if training:
             watch.step(rewards, self.shear_config.threshold, found.mixed_groups > 0)
-        batch["advantages"] = batch["advantages"][:, None] * lay_back([found.weights], mask)
         metrics = self._metrics["train" if training else "eval"]
         log_weights(self.accelerator, found.weights, found, metrics)
+        return lay_back([found.weights], mask)
 
 
 def mixins(trainer: type) -> tuple[type, ...]:
@@ -292,31 +361,53 @@ def attach(trainer: Trainer, shear_config: ShearConfig | None = None) -> Trainer
     return trainer
 
 
-def refusals(trainer: Any) -> Iterator[tuple[object, str]]:
-    """What SHEAR cannot work with in a trainer."""
+def _own_loss(trainer: type) -> type | None:
+    """The class of trl's, below GRPOTrainer, whose loss a trainer takes."""
+    owner = next(
+        cls for cls in trainer.__mro__ if cls is not ShearMixin and "_compute_loss" in vars(cls)
+    )
+    return owner if owner is not GRPOTrainer and owner.__module__.startswith("trl.") else None
+
+
+def refusals(trainer: Any, apply: str) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in a trainer, where weights are applied as apply says."""
     version = tuple(int(part) for part in trl.__version__.split(".")[:2])
     yield (
         version < OLDEST_TRL,
         f"trl must be 0.29 or later, got {trl.__version__}: earlier losses take one advantage "
         "per rollout",
     )
+    per_token = apply == "advantages"
     yield (
-        trainer.importance_sampling_level != "token",
-        "importance_sampling_level must be 'token', got "
+        per_token and trainer.importance_sampling_level != "token",
+        "importance_sampling_level must be 'token' with apply='advantages', got "
         f"{trainer.importance_sampling_level!r}: with one ratio per rollout, token weights "
-        "reduce to their mean",
+        "reduce to their mean (use apply='gradient')",
     )
-    owner = next(
-        cls
-        for cls in type(trainer).__mro__
-        if cls is not ShearMixin and "_compute_loss" in vars(cls)
+    owner = _own_loss(type(trainer))
+    read = owner is not None and owner.__module__.startswith(READ)
+    yield (
+        owner is not None and not read,
+        f"trainer must not be trl's {owner and owner.__name__}: its loss is its own, and was not "
+        "read",
     )
     yield (
-        owner is not GRPOTrainer and owner.__module__.startswith("trl."),
-        f"trainer must not be trl's {owner.__name__}: its loss takes one advantage per rollout",
+        per_token and owner is not None,
+        f"apply must be 'auto' or 'gradient' for trl's {owner and owner.__name__}, got "
+        "'advantages': its loss takes one advantage per rollout",
     )
     yield (
         trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"),
         "use_liger_kernel must be False, got True: trl's Liger loss takes one advantage per "
-        "rollout (newer versions of trl leave the loss alone)",
+        "rollout, and makes the log-probabilities itself (newer versions of trl leave the loss "
+        "alone)",
+    )
+    yield (
+        not per_token
+        and owner is None
+        and trainer.beta != 0
+        and getattr(trainer.args, "use_bias_correction_kl", False),
+        "use_bias_correction_kl must be False with apply='gradient' and beta, got True: it "
+        "multiplies the KL term with the ratio, and token weights would scale that ratio's "
+        "gradient",
     )

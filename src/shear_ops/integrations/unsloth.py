@@ -48,6 +48,18 @@ class UnslothLayout(_Base):  # type: ignore[misc]
         refuse(refusals(type(self), wanted))
         return "score"
 
+    def _shear_choose_apply(self, wanted: str) -> str:
+        refuse(
+            [
+                (
+                    wanted == "gradient",
+                    "apply must be 'auto' or 'advantages' with Unsloth, got 'gradient': its loss "
+                    "makes the log-probabilities itself",
+                )
+            ]
+        )
+        return "advantages"
+
     def _shear_recorded(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
         return scored(input_ids, attention_mask, completion, self._shear_pad)
 

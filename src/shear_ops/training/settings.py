@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from ..config import SpanConfig, check_threshold
+from .apply import check_way
 from .capture import ALIGNMENTS
 from .weighting import Weighting
 
@@ -26,6 +27,9 @@ class Settings:
         align: as in HiddenCapture.
         spans: parameters of the method.
         weighting: options on the weights; steps are optimizer steps.
+        apply: ``"advantages"``: weights multiply advantages; ``"gradient"``: the gradient of the
+            token log-probabilities (see scale_gradient), for losses that take one advantage per
+            rollout; ``"auto"``: advantages where the trainer's loss takes them per token.
 
     Raises:
         TypeError, ValueError: naming the field, the value seen and the value wanted.
@@ -35,6 +39,7 @@ class Settings:
     align: str = "token"
     spans: SpanConfig = field(default_factory=SpanConfig)
     weighting: Weighting = field(default_factory=Weighting)
+    apply: str = "auto"
 
     def __post_init__(self) -> None:
         """Check every field; spans and weighting have checked theirs."""
@@ -44,6 +49,7 @@ class Settings:
                 raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
         if self.align not in ALIGNMENTS:
             raise ValueError(f"align must be {' or '.join(ALIGNMENTS)}, got {self.align!r}")
+        check_way(self.apply)
 
     @classmethod
     def parse(cls: type[Own], section: Mapping[str, Any]) -> Own:
@@ -109,6 +115,14 @@ class Settings:
             parser.error(f"--shear: {error}")
 
 
+def only_advantages(settings: Settings, why: str) -> tuple[object, str]:
+    """For the table of refusals of an adapter that has no way to the log-probabilities."""
+    return (
+        settings.apply == "gradient",
+        f"shear.apply must be auto or advantages, got gradient: {why}",
+    )
+
+
 def refuse(refusals: Iterable[tuple[object, str]]) -> None:
     """Raise what an adapter's table says its trainer must not do.
 
@@ -130,7 +144,7 @@ class RewardSettings(Settings):
     Rollouts for which the reward function gave None are ignored: weight 1, and in no opposing set.
 
     Args:
-        threshold, align, spans, weighting: as in Settings.
+        threshold, align, spans, weighting, apply: as in Settings.
         correctness: the reward function that says whether a rollout is correct, by name or by
             position among the trainer's. May be left out if there is only one.
 
