@@ -27,7 +27,8 @@ def test_parse() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"treshold": 1}, "shear.* must be among threshold, align, spans, weighting, got treshold"),
+        ({"treshold": 1}, "shear.* must be among threshold, align, spans, weighting, apply, got treshold"),
+        ({"apply": "both"}, "apply must be one of auto, advantages, gradient, got 'both'"),
         ({"spans": {"sapn": 1}}, "shear.spans.* must be among span, stride"),
         ({"weighting": {"sapn": 1}}, "shear.weighting.* must be among mean_one, clip"),
         ({"spans": {"span": 0}}, "span must be in"),

@@ -241,7 +241,7 @@ def test_refuses() -> None:
     for config, shear, message in (
         (
             {"importance_sampling_level": "sequence"},
-            {},
+            {"apply": "advantages"},
             "importance_sampling_level must be 'token'",
         ),
         ({"steps_per_generation": 2}, {"mode": "loss"}, "mode must be 'score' or 'auto'"),
@@ -287,14 +287,6 @@ def test_subclass_that_moves_scored_rollouts(mode: str, what: str) -> None:
     trainer.__class__ = Moving
     with pytest.raises(RuntimeError, match="ShearMoving filtered, added or reordered rollouts"):
         attach(trainer, ShearConfig(mode=mode, spans=SPANS)).train()
-
-
-def test_refuses_losses_of_trl_that_take_one_advantage_per_rollout() -> None:
-    gmpo = pytest.importorskip("trl.experimental.gmpo", reason="this trl has no GMPO")
-    trainer = build(GRPOTrainer)
-    trainer.__class__ = gmpo.GMPOTrainer
-    with pytest.raises(ValueError, match="trainer must not be trl's GMPOTrainer"):
-        attach(trainer)
 
 
 def test_refused_configuration_leaves_the_trainer_as_it_was() -> None:

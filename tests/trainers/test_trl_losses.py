@@ -20,9 +20,8 @@ from shear_ops import HiddenCapture
 trl = pytest.importorskip("trl", reason="trl is not installed")
 from trl import GRPOTrainer  # noqa: E402
 
-from losses import EQUAL, check, difference, row  # noqa: E402
-
 from grpo import SPANS, build, logged, train  # noqa: E402
+from losses import EQUAL, check, difference, row  # noqa: E402
 from shear_ops.integrations.trl import ShearConfig, ShearGRPOTrainer, ShearMixin, attach  # noqa: E402
 from test_trl import LOSSES, work_here  # noqa: E402, F401
 

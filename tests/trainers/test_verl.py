@@ -218,7 +218,7 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"algorithm": {"rollout_correction": {"bypass_mode": True}}}, "bypass_mode must be False"),
         (
             {"shear": {"treshold": 1}},
-            "must be among threshold, align, spans, weighting, got treshold",
+            "must be among threshold, align, spans, weighting, apply, got treshold",
         ),
         (
             {"actor_rollout_ref": {"actor": {"strategy": "megatron"}}},

@@ -29,11 +29,11 @@ that of "sequence" GSPO-token's (ShearConfig(apply=...); docs/trainers.md has a 
 KL term (beta) is not scaled.
 
 Not supported, and refused: trl before 0.29; use_liger_kernel where trl's Liger loss takes one
-advantage per rollout and makes the log-probabilities itself; use_bias_correction_kl
-(trl's default from 1.16 on) with apply="gradient" and beta; other trainers of trl with a loss of their own; subclasses that filter, add or
-reorder rollouts after they were scored. The loss of a subclass of your own has to take advantages
-of shape (B, C), or, with apply="gradient", to read log-probabilities of the policy and of the
-reference after the forward of the loss.
+advantage per rollout and makes the log-probabilities itself; with apply="gradient" and beta,
+use_bias_correction_kl (trl's default from 1.16 on); other trainers of trl with a loss of their own;
+subclasses that filter, add or reorder rollouts after they were scored. The loss of a subclass of
+your own has to take advantages of shape (B, C), or, with apply="gradient", to read the reference's
+log-probabilities after its forward of the policy.
 """
 
 from __future__ import annotations
