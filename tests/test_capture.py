@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -699,3 +699,87 @@ def test_evaluating_brings_back_what_was_training_only() -> None:
             if error:
                 raise error
         assert [module.training for module in model.modules()] == before
+
+
+def language_model(kind: str) -> Any:
+    """Three layers of a kind, made from its configuration."""
+    import transformers
+
+    own: dict[str, Any] = {
+        "Gemma2": {"head_dim": 8, "sliding_window": 4},  # every other layer slides; embeddings are scaled
+        "Mistral": {"sliding_window": 4},
+        "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+                     "shared_expert_intermediate_size": 8},
+    }.get(kind, {})  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=None, eos_token_id=1, pad_token_id=0, **own,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Gemma", "Gemma2", "Mistral", "Qwen2Moe"])
+def test_states_of_every_layer(kind: str) -> None:
+    """Those that transformers returns, also where the LM head sees some positions only."""
+    model = language_model(kind)
+    captures = [HiddenCapture(model, layer=layer) for layer in range(-4, 4)]
+    with torch.no_grad():
+        states = model(IDS, output_hidden_states=True).hidden_states
+        for options in ({}, {"logits_to_keep": 3}, {"logits_to_keep": torch.tensor([5, 8])}):
+            with ExitStack() as stack:
+                found = [stack.enter_context(capture.recording(KEEP)) for capture in captures]
+                model(IDS, **options)
+            assert len(states) == 4
+            for recording, wanted in zip(found, states * 2, strict=True):
+                assert torch.equal(recording.hidden, wanted[:, -4:][KEEP.bool()])
+    assert not torch.equal(found[0].hidden, found[1].hidden)
+
+
+@needs_transformers
+@pytest.mark.parametrize("wrapper", ["compile", "checkpointing", "peft"])
+def test_states_of_a_layer_under_wrappers(wrapper: str) -> None:
+    model = language_model("Llama")
+    with torch.no_grad():
+        states = model(IDS, output_hidden_states=True).hidden_states
+    if wrapper == "checkpointing":
+        model.gradient_checkpointing_enable()
+    if wrapper == "peft":
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        # adapters in another layer only: whether a pass is the reference's is not up to one layer
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[2])
+        )
+    captures = [HiddenCapture(model, layer=layer) for layer in (0, 1, -1)]
+    if wrapper == "compile":
+        model = torch.compile(model, backend="eager")
+    model.train()
+    for capture, wanted in zip(captures, (states[0], states[1], states[-1]), strict=True):
+        output, recording = capture.record(KEEP, lambda: model(IDS))
+        output.logits.sum().backward()  # a recomputed forward must not be recorded
+        assert torch.equal(recording.hidden, wanted[:, -4:][KEEP.bool()])
+        if wrapper == "peft":
+            with model.disable_adapter(), capture.recording(KEEP[:0]) as recording:
+                model(IDS)  # the reference's: not recorded
+            assert len(recording.hidden) == 0
+
+
+@needs_transformers
+def test_refuses_layers() -> None:
+    model = language_model("Llama")
+    for layer in (4, -5):
+        with pytest.raises(
+            ValueError, match=rf"layer must be in \[-4, 3\] for 3 layers, got {layer}"
+        ):
+            HiddenCapture(model, layer=layer)
+    for wrong in (True, 1.0, "last"):
+        with pytest.raises(TypeError, match="layer must be an int, got"):
+            HiddenCapture(model, layer=wrong)  # type: ignore[arg-type]
+    plain = Plain()
+    with pytest.raises(ValueError, match="layer must be -1 for Identity, in which no list of"):
+        HiddenCapture(plain, backbone=plain.body, layer=0)
+    last = HiddenCapture(model, backbone=model.model.layers[0])  # a layer as the backbone
+    with torch.no_grad(), last.recording(KEEP) as recording:
+        wanted = model(IDS, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(recording.hidden, wanted[:, -4:][KEEP.bool()])

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class HiddenCapture:
-    """Records last-layer hidden states with a forward hook on a model's backbone.
+    """Records hidden states with a forward hook on a model's backbone: of the last layer, or of any.
 
     The backbone is found below DDP, FSDP, DeepSpeed, torch.compile and PEFT, as transformers'
     ``base_model``, or below that where it has the LM head in it; where a model calls only the
@@ -32,6 +32,8 @@ class HiddenCapture:
     refused by their width. Passes of a PEFT model with its adapters disabled, or with the adapter
     "ref" active, are the reference's and not recorded; the adapter that is active when the capture
     is made is the policy's, whatever its name.
+
+    For the states of several layers make one for each, and record with all of them at once.
 
     Make it once, before the first forward: torch.compile does not see hooks that come later.
     Outside recording() the hook does nothing.
@@ -49,30 +51,57 @@ class HiddenCapture:
             (B, S, d), for models that are not from transformers.
         align: ``"token"``: the state at a token, after reading it (the paper's); ``"predictor"``:
             the state one position earlier, which predicted it.
+        layer: index into what transformers calls ``hidden_states``: 0 the embeddings, as they enter
+            the first layer; l the output of the l-th layer; -1 the states that enter the LM head,
+            after the final norm (the paper's).
 
     Raises:
         TypeError, ValueError: naming the argument, the value seen and the value wanted.
     """
 
     def __init__(
-        self, model: nn.Module, *, backbone: nn.Module | None = None, align: str = "token"
+        self,
+        model: nn.Module,
+        *,
+        backbone: nn.Module | None = None,
+        align: str = "token",
+        layer: int = -1,
     ) -> None:
         """Find the backbone and hook it."""
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layer must be an int, got {layer!r}")
         if align not in ALIGNMENTS:
             raise ValueError(f"align must be one of {', '.join(ALIGNMENTS)}, got {align!r}")
         if not isinstance(backbone, (nn.Module, type(None))):
             raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
         self.backbone = _below_head(find_backbone(model) if backbone is None else backbone)
-        self._width = _width_of_states(self.backbone, model)
         self._shift = ALIGNMENTS.index(align)
         self._recording: Recording | None = None
         self._whole: list[Tensor] | None = None
         self._warned = False
         self._policy = self._active_adapters
         self._compared = False
-        self._handles = [self.backbone.register_forward_hook(self._hook)]
-        decoder = _decoder_in(self.backbone, model)
         self._in_backbone = False
+        decoder = _decoder_in(self.backbone, model)
+        if layer != -1:
+            layers = _layers_of(self.backbone if decoder is None else decoder, model)
+            if not -len(layers) - 1 <= layer <= len(layers):
+                raise ValueError(
+                    f"layer must be in [{-len(layers) - 1}, {len(layers)}] for {len(layers)} layers, "
+                    f"got {layer}"
+                )
+            place = layer % (len(layers) + 1)
+            if place < len(layers):
+                self._width = _of_config(self.backbone, model, "hidden_size")
+                self._handles = [
+                    layers[place - 1].register_forward_hook(self._hook)
+                    if place
+                    else layers[0].register_forward_pre_hook(self._input_hook, with_kwargs=True)
+                ]
+                return
+        # OPT projects back to the former
+        self._width = _of_config(self.backbone, model, "word_embed_proj_dim", "hidden_size")
+        self._handles = [self.backbone.register_forward_hook(self._hook)]
         if decoder is not None:  # called past the backbone by some models, as by OPT's
             self._handles += [
                 self.backbone.register_forward_pre_hook(self._enter),
@@ -242,6 +271,10 @@ class HiddenCapture:
             self._hook(module, args, output)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._hook(module, args, args[0] if args else kwargs["hidden_states"])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._in_backbone = False
         if (self._recording is None and self._whole is None) or self.reference_pass:
@@ -399,16 +432,32 @@ def _has(module: nn.Module, part: object) -> bool:
     return any(own is part for own in module.modules())
 
 
-def _width_of_states(backbone: nn.Module, model: object) -> int | None:
-    """Width of the last hidden states, if a configuration like those of transformers has it."""
+def _of_config(backbone: nn.Module, model: object, *names: str) -> int | None:
+    """The first of some integers that a configuration like those of transformers has."""
     owners = [backbone, *(_unwrapped(model)[::-1] if isinstance(model, nn.Module) else ())]
     for owner in owners:
         config: Any = getattr(owner, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for name in ("word_embed_proj_dim", "hidden_size"):  # OPT projects back to the former
-            if isinstance(width := getattr(text, name, None), int):
-                return width
+        for name in names:
+            if isinstance(value := getattr(text, name, None), int):
+                return value
     return None
+
+
+def _layers_of(decoder: nn.Module, model: object) -> nn.ModuleList:
+    """The layers of a decoder: its first list of as many modules as its configuration says.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    count = _of_config(decoder, model, "num_hidden_layers")
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"layer must be -1 for {type(decoder).__name__}, in which no list of num_hidden_layers = "
+        f"{count} layers was found: give backbone=, the layer whose output is wanted"
+    )
 
 
 def _generators() -> list[Tensor]:
