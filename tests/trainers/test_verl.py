@@ -204,6 +204,11 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics["shear/weight_max"] == torch.cat(weights).max().item()
     assert metrics["shear/stopped"] == 0.25
     put.clear()
+    scaling = cls(OmegaConf.merge(CONFIG, {"shear": {"apply": "gradient"}}))
+    metrics = {}
+    scaling._compute_advantage(batch, metrics)  # the engine applies them
+    assert put == {}
+    assert metrics["shear/weight_max"] == torch.cat(weights).max().item()
     off = cls(OmegaConf.create({"algorithm": {"adv_estimator": "gae"}}))
     off._compute_old_log_prob(batch, metrics)
     off._compute_advantage(batch, metrics)
@@ -226,8 +231,18 @@ def test_driver_multiplies_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"shear": {"spans": {"span": 0}}}, "span must be in"),
         (
-            {"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "geo_mean"}}}},
-            "loss_mode must be one with token-level advantages with shear.*, got geo_mean",
+            {
+                "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "geo_mean"}}},
+                "shear": {"apply": "advantages"},
+            },
+            "token-level advantages with shear.apply=advantages, got geo_mean",
+        ),
+        (
+            {
+                "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "dro"}}},
+                "shear": {"apply": "gradient"},
+            },
+            "a penalty of its own on the log-probabilities with shear.apply=gradient, got dro",
         ),
         ({"shear": {"align": "next"}}, "align must be token or predictor, got 'next'"),
     ],

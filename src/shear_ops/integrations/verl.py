@@ -9,10 +9,13 @@ the configuration has a ``shear`` section:
     +shear.align        as in HiddenCapture
     +shear.spans.*      fields of SpanConfig
     +shear.weighting.*  fields of Weighting; warmup_steps counts steps of the trainer
+    +shear.apply        auto: gradient with policy_loss.loss_mode=geo_mean, else advantages
 
 The pass for the old log-probabilities, which verl makes anyway, also gives the hidden states; they
 are regrouped over the data-parallel group, and a field ``shear_weights`` per token goes back with
-the log-probabilities. The driver multiplies the advantages with it.
+the log-probabilities. The driver multiplies the advantages with it; with apply=gradient, the engine
+scales the gradient of the log-probabilities that the policy loss takes, and no other term (KL,
+entropy, distillation).
 
 Steps log ``shear/weight_mean``, ``weight_max``, ``stopped``. If they do not, the plugin is not on:
 verl hides why, but VERL_USE_EXTERNAL_MODULES=shear_ops.integrations.verl shows it.
@@ -20,14 +23,15 @@ verl hides why, but VERL_USE_EXTERNAL_MODULES=shear_ops.integrations.verl shows 
 Tested: the engine on CPU, in all layouts (padding removed or not, dynamic batches or not). Run with
 stubs: the driver's part. From source only: Ray workers, Ulysses, a GPU. Refused with an error:
 Megatron and other engines, the legacy trainer and the experimental ones built on it,
-``rollout_correction.bypass_mode`` (there is no such pass).
+``rollout_correction.bypass_mode`` (there is no such pass), and what docs/trainers.md has in its
+table of losses.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from functools import wraps
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -38,7 +42,9 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.utils import losses
 
+from ..training.apply import scale_gradient
 from ..training.capture import HiddenCapture
 from ..training.groups import group_ids_from_uids
 from ..training.metrics import of_weights
@@ -48,6 +54,8 @@ from ..training.settings import Settings, refuse
 FLAG = "shear"  # with the data of a pass: the section of the configuration, and the step, as JSON
 FIELD = "shear_weights"
 STOPPED = "shear_stopped"  # of all ranks, with every rollout
+PER_ROLLOUT = ("geo_mean",)  # losses with one advantage per rollout
+PENALIZED = ("dro", "kl_cov")  # losses with a penalty on the log-probabilities
 
 
 class _Pass:
@@ -116,6 +124,7 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     _shear_capture: HiddenCapture | None = None
     _shear_pass: _Pass | None = None
     _shear_states: list[Tensor]
+    _shear_scales = False
 
     def infer_batch(self, data: Any, loss_function: Any = None) -> Any:
         """As FSDPEngineWithLMHead, with shear_weights where the data asks for them."""
@@ -125,6 +134,7 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if self._shear_capture is None:
             self._shear_capture = HiddenCapture(self.module)
         self._shear_pass = _Pass(flag, data, self)
+        self._shear_scales = json.loads(flag)["apply"] == "gradient"  # in the updates that follow
         data["shear_place"] = torch.arange(len(self._shear_pass.rollouts))
         try:
             with self._shear_capture.whole() as self._shear_states:
@@ -134,6 +144,12 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self._shear_pass = None
             del data["shear_place"]
         return output
+
+    def train_batch(self, data: Any, loss_function: Any) -> Any:
+        """As FSDPEngineWithLMHead, with scaled gradients in the policy loss if apply says so."""
+        if self._shear_scales:
+            loss_function = partial(_scaled_loss, loss_function)
+        return super().train_batch(data, loss_function)
 
     def prepare_model_outputs(
         self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any
@@ -153,6 +169,36 @@ class ShearFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         )
 
 
+def _scaled_loss(loss_function: Callable[..., Any], *, data: Any, **others: Any) -> Any:
+    """A loss of verl, whose policy loss takes log-probabilities with scaled gradients."""
+    if FIELD not in data:
+        raise RuntimeError(f"the data of an update must have {FIELD}: verl sends other fields")
+    rows = torch.nn.utils.rnn.pad_sequence(data[FIELD].unbind(), True, 1.0)
+    real, taken = losses.get_policy_loss_fn, []
+
+    def get_policy_loss_fn(name: str) -> Callable[..., Any]:
+        policy_loss = real(name)
+
+        def scaled(*, log_prob: Tensor, **rest: Any) -> Any:
+            taken.append(name)
+            more = max(log_prob.shape[1] - rows.shape[1], 0)
+            weights = torch.nn.functional.pad(rows, (0, more), value=1.0).to(log_prob.device)
+            return policy_loss(log_prob=scale_gradient(log_prob, weights), **rest)
+
+        return scaled
+
+    losses.get_policy_loss_fn = get_policy_loss_fn
+    try:
+        result = loss_function(data=data, **others)
+    finally:
+        losses.get_policy_loss_fn = real
+    if not taken:
+        raise RuntimeError(
+            "apply=gradient needs a loss with a policy loss of verl, got another one"
+        )
+    return result
+
+
 def flag_of(config: Any, step: int) -> str | None:
     """What the driver sends with the pass for old log-probabilities; None without a section.
 
@@ -164,17 +210,23 @@ def flag_of(config: Any, step: int) -> str | None:
         return None
     if OmegaConf.is_config(section):
         section = OmegaConf.to_container(section, resolve=True)
-    Settings.parse(section)
-    refuse(refusals(config))
-    return json.dumps({"section": section, "step": step})
+    apply = Settings.parse(section).apply
+    if apply == "auto":
+        apply = "gradient" if _loss_mode(config) in PER_ROLLOUT else "advantages"
+    refuse(refusals(config, apply))
+    return json.dumps({"section": section, "step": step, "apply": apply})
 
 
-def refusals(config: Any) -> Iterator[tuple[object, str]]:
-    """What SHEAR cannot work with in verl's configuration."""
+def _loss_mode(config: Any) -> Any:
+    return (config.actor_rollout_ref.actor.get("policy_loss", None) or {}).get("loss_mode")
+
+
+def refusals(config: Any, apply: str) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in verl's configuration, where weights act as apply says."""
     actor = config.actor_rollout_ref.actor
     estimator, strategy = config.algorithm.adv_estimator, actor.strategy
     correction = config.algorithm.get("rollout_correction", None) or {}
-    loss = actor.get("policy_loss", None) or {}
+    loss_mode = _loss_mode(config)
     yield (
         estimator != "grpo",
         f"algorithm.adv_estimator must be grpo with shear.*, got {estimator}",
@@ -190,9 +242,15 @@ def refusals(config: Any) -> Iterator[tuple[object, str]]:
         f"{strategy}: only verl's FSDP engine gives the hidden states",
     )
     yield (
-        loss.get("loss_mode") == "geo_mean",
-        "actor_rollout_ref.actor.policy_loss.loss_mode must be one with token-level "
-        "advantages with shear.*, got geo_mean: it takes their mean over a rollout",
+        apply == "advantages" and loss_mode in PER_ROLLOUT,
+        "actor_rollout_ref.actor.policy_loss.loss_mode must be one with token-level advantages "
+        f"with shear.apply=advantages, got {loss_mode}: it takes their mean over a rollout",
+    )
+    yield (
+        apply == "gradient" and loss_mode in PENALIZED,
+        "actor_rollout_ref.actor.policy_loss.loss_mode must not be one with a penalty of its own "
+        f"on the log-probabilities with shear.apply=gradient, got {loss_mode}: token weights would "
+        "scale the penalty's gradient",
     )
 
 
@@ -222,7 +280,8 @@ def _install(trainer: Any) -> None:
     @wraps(advantage)
     def compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = advantage(self, batch, metrics)
-        if self.config.get("shear", None) is None:
+        flag = flag_of(self.config, self.global_steps - 1)
+        if flag is None:
             return batch
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         fields = ["advantages", FIELD, STOPPED]
@@ -231,6 +290,8 @@ def _install(trainer: Any) -> None:
         weights = weights.to(advantages.device)
         metrics.update(of_weights(weights.values()))
         metrics["shear/stopped"] = data.pop(STOPPED).values().max().item()
+        if json.loads(flag)["apply"] == "gradient":  # by the engine, in the update
+            return batch
         rows = zip(advantages.unbind(), weights.unbind(), strict=True)
         data["advantages"] = torch.nested.as_nested_tensor(
             [row * factors for row, factors in rows], layout=torch.jagged

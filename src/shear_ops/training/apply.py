@@ -84,8 +84,9 @@ def check_way(way: object) -> None:
         raise ValueError(f"apply must be one of {', '.join(WAYS)}, got {way!r}")
 
 
-def _check(logp: object, weights: object) -> None:
-    for name, tensor in (("logp", logp), ("weights", weights)):
+def _check(logp: Tensor, weights: Tensor) -> None:
+    given: dict[str, Any] = {"logp": logp, "weights": weights}
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class HiddenCapture:
-    """Records hidden states with a forward hook on a model's backbone: of the last layer, or of any.
+    """Records hidden states, of the last layer or another one, with a forward hook on a model.
 
     The backbone is found below DDP, FSDP, DeepSpeed, torch.compile and PEFT, as transformers'
     ``base_model``, or below that where it has the LM head in it; where a model calls only the
@@ -85,13 +85,13 @@ class HiddenCapture:
         decoder = _decoder_in(self.backbone, model)
         if layer != -1:
             layers = _layers_of(self.backbone if decoder is None else decoder, model)
-            if not -len(layers) - 1 <= layer <= len(layers):
+            count = len(layers)
+            if not -count - 1 <= layer <= count:
                 raise ValueError(
-                    f"layer must be in [{-len(layers) - 1}, {len(layers)}] for {len(layers)} layers, "
-                    f"got {layer}"
+                    f"layer must be in [{-count - 1}, {count}] for {count} layers, got {layer}"
                 )
-            place = layer % (len(layers) + 1)
-            if place < len(layers):
+            place = layer % (count + 1)
+            if place < count:
                 self._width = _of_config(self.backbone, model, "hidden_size")
                 self._handles = [
                     layers[place - 1].register_forward_hook(self._hook)
