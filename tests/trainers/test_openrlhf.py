@@ -289,6 +289,7 @@ def test_advantages(
         (("--actor.policy_loss_type", "gspo"), "actor.policy_loss_type must be ppo with shear.*, got gspo"),
         (("--algo.kl.init_coef", "0.01"), "algo.kl.init_coef must be 0 with shear.*, or algo.kl.use_loss given, got 0.01"),
         (("--reward.remote_url", ""), "reward.remote_url or train.agent_func_path must be given"),
+        (("--shear.apply", "gradient"), "apply must be auto or advantages, got gradient: OpenRLHF"),
         (("--ds.ring_attn_size", "2"), "ds.ring_attn_size must be 1 with shear.*, got 2"),
     ],
 )  # fmt: skip

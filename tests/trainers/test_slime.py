@@ -442,8 +442,9 @@ def test_bits_of_the_pass_do_not_change(one_process: None) -> None:
             {"release_train": True, "shear": {"weighting": {"warmup_steps": 3}}},
             "warmup_steps must be 0 with --release-train, got 3",
         ),
-        ({"shear": {"treshold": 1}}, "must be among threshold, align, spans, weighting"),
+        ({"shear": {"treshold": 1}}, "must be among threshold, align, spans, weighting, apply"),
         ({"shear": {"spans": {"span": 0}}}, "span must be in"),
+        ({"shear": {"apply": "gradient"}}, "apply must be auto or advantages, got gradient: slime"),
         ({"shear": 0.5}, "shear must be a section of --custom-config-path, got 0.5"),
     ],
 )

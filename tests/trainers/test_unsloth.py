@@ -229,6 +229,8 @@ def test_padding_inside_completions() -> None:
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="mode must be 'score' or 'auto' with Unsloth, got 'loss'"):
         build(shear=ShearConfig(correctness="odd", mode="loss"))
+    with pytest.raises(ValueError, match="apply must be auto or advantages, got gradient: Unsloth"):
+        build(shear=ShearConfig(correctness="odd", apply="gradient"))
     with pytest.raises(ValueError, match="prompts must be text with Unsloth, got a column image"):
         build()._generate_and_score_completions([{"prompt": "1 + 1 =", "image": 0}])
     mixed = type("Mixed", (ShearMixin, GRPOTrainer), {})

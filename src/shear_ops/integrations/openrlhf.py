@@ -44,7 +44,7 @@ from torch import Tensor
 from ..training.capture import HiddenCapture
 from ..training.metrics import of_weights
 from ..training.round import Rollouts, Round, lay_back
-from ..training.settings import Settings, refuse
+from ..training.settings import Settings, only_advantages, refuse
 
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
 
@@ -196,7 +196,7 @@ def scored(args: Any, samples_list: list[Any]) -> Rollouts:
     )
 
 
-def refusals(args: Any) -> Iterator[tuple[object, str]]:
+def refusals(args: Any, settings: Settings) -> Iterator[tuple[object, str]]:
     """What SHEAR cannot work with in OpenRLHF's arguments."""
     found = version("openrlhf")
     yield (
@@ -216,6 +216,7 @@ def refusals(args: Any) -> Iterator[tuple[object, str]]:
         f"actor.policy_loss_type must be ppo with shear.*, got {loss}: with one ratio per "
         "rollout, token weights reduce to their mean",
     )
+    yield only_advantages(settings, "OpenRLHF sends weights to its loss in the advantages only")
     yield (
         args.algo.kl.init_coef > 0 and not args.algo.kl.use_loss,
         "algo.kl.init_coef must be 0 with shear.*, or algo.kl.use_loss given, got "
@@ -253,7 +254,7 @@ def install(settings: Settings) -> None:
     make = openrlhf.utils.get_strategy
 
     def get_strategy(args: Any) -> Any:
-        refuse(refusals(args))
+        refuse(refusals(args, settings))
         args.shear = settings
         return make(args)
 

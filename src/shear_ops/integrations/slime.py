@@ -34,8 +34,8 @@ ranks of a tensor- and context-parallel group share the computation.
 Tested on the CPU: Megatron's GPTModel with tensor, sequence and pipeline parallelism (megatron-core
 0.16). Run with stubs: slime, and context parallelism, in both layouts. From source only: Ray, the
 passes inside slime, Transformer Engine, virtual pipeline stages, a GPU. Not supported: what check()
-refuses: gspo, ppo and others, ``--normalize-advantages``, ``--use-rollout-logprobs``, packing other
-than ``--qkv-format thd``.
+refuses: gspo, ppo and others, apply gradient, ``--normalize-advantages``,
+``--use-rollout-logprobs``, packing other than ``--qkv-format thd``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from torch import Tensor, nn
 
 from ..training.capture import HiddenCapture
 from ..training.round import Rollouts, Round, lay_back
-from ..training.settings import Settings, refuse
+from ..training.settings import Settings, only_advantages, refuse
 from .megatron import Layout, final_norm, own_part
 
 ESTIMATORS = ("grpo", "cispo")
@@ -120,6 +120,7 @@ def refusals(args: Any, settings: Settings) -> Iterator[tuple[object, str]]:
         "--use-rollout-logprobs must be off, got on: it skips the pass for the old "
         "log-probabilities, which gives the hidden states (--get-mismatch-metrics keeps it)",
     )
+    yield only_advantages(settings, "slime's loss makes log-probabilities from the logits itself")
     yield layout != "thd", f"--qkv-format must be thd, got {layout}: only packed samples are read"
     yield (
         warmup and getattr(args, "release_train", False),

@@ -16,7 +16,8 @@ old log-probabilities or the reference.
 
 Tested on the CPU: the trainer that Unsloth generates from trl 1.15.0, around a plain transformers
 model, all parameters and LoRA with a reference, scoring under torch.inference_mode. From source
-only: Unsloth's own patched models, a GPU, vLLM, several processes. Not supported: images and video.
+only: Unsloth's own patched models, a GPU, vLLM, several processes. Not supported: images and video,
+apply="gradient".
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.settings import refuse
+from ..training.settings import only_advantages, refuse
 
 SWITCHES = ("UNSLOTH_GRPO_SEQ_PACKING", "UNSLOTH_GRPO_PREFIX_GROUPER")
 TRAINER = "UnslothGRPOTrainer"
@@ -49,15 +50,8 @@ class UnslothLayout(_Base):  # type: ignore[misc]
         return "score"
 
     def _shear_choose_apply(self, wanted: str) -> str:
-        refuse(
-            [
-                (
-                    wanted == "gradient",
-                    "apply must be 'auto' or 'advantages' with Unsloth, got 'gradient': its loss "
-                    "makes the log-probabilities itself",
-                )
-            ]
-        )
+        why = "Unsloth's loss makes log-probabilities from hidden states itself"
+        refuse([only_advantages(self.shear_config, why)])
         return "advantages"
 
     def _shear_recorded(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:

@@ -116,11 +116,8 @@ class Settings:
 
 
 def only_advantages(settings: Settings, why: str) -> tuple[object, str]:
-    """For the table of refusals of an adapter that has no way to the log-probabilities."""
-    return (
-        settings.apply == "gradient",
-        f"shear.apply must be auto or advantages, got gradient: {why}",
-    )
+    """For the table of refusals of an adapter that cannot reach its loss's log-probabilities."""
+    return settings.apply == "gradient", f"apply must be auto or advantages, got gradient: {why}"
 
 
 def refuse(refusals: Iterable[tuple[object, str]]) -> None:
