@@ -21,7 +21,7 @@ EXAMPLES = [
     for code in re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.S)
 ]
 WORDS = ("def spans(", "torch.ops.shear.span_weights(", "(..., shear_config", "[correct]",
-         "weighted_advantages(")  # fmt: skip
+         "weighted_advantages(", "scale_gradient(logp")  # fmt: skip
 
 
 def example(word: str) -> str:
@@ -130,3 +130,13 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if "shear/mixed_groups" in entry
     ]
     assert shares == [0]  # one prompt that a random model always gets wrong
+
+
+def test_loss_with_scaled_gradients() -> None:
+    names: dict[str, Any] = {}
+    exec(example("scale_gradient(logp"), names)
+    ratio, advantages, weights = names["ratio"], names["advantages"], names["weights"]
+    assert bool(((ratio - 1.01).abs() < 0.02).all())  # so nothing clips
+    coming = -(ratio * advantages)[:, None].detach() / weights.numel()
+    kl = 0.01 * (1 - torch.exp(names["reference"] - names["logp"].detach())) / weights.numel()
+    torch.testing.assert_close(names["logp"].grad, coming * weights + kl, rtol=1e-5, atol=1e-9)
