@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -406,7 +407,8 @@ def test_loss_without_a_forward_of_the_policy() -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    modes: list[Any] = [("score", dict), ("loss", dict)]
+    sequence = partial(dict, importance_sampling_level="sequence")  # weights on gradients
+    modes: list[Any] = [("score", dict), ("loss", dict), ("score", sequence)]
     for alone, found in grpo.on_one_and_two_ranks(tmp_path, modes, modes):
         assert found[0].trainer == ("DistributedDataParallel", "MULTI_CPU")
         grpo.assert_equal_runs(alone, found)
