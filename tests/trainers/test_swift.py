@@ -455,17 +455,23 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "apply", "message"),
     [
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be 'token'"),
-        ({"loss_type": "real"}, "loss_type must be 'grpo' or"),
-        ({"advantage_reweight": "rlsd"}, "advantage_reweight must be None"),
-        ({"reward_funcs": ["correct", "short"]}, r"2 functions \(correct, short\): say which"),
+        (
+            {"importance_sampling_level": "sequence"}, "advantages",
+            "importance_sampling_level must be 'token'",
+        ),
+        ({"loss_type": "real"}, "auto", "loss_type must be 'grpo' or"),
+        ({"advantage_reweight": "rlsd"}, "auto", "advantage_reweight must be None"),
+        (
+            {"reward_funcs": ["correct", "short"]}, "auto",
+            r"2 functions \(correct, short\): say which",
+        ),
     ],
-)
-def test_refuses(options: dict[str, Any], message: str) -> None:
+)  # fmt: skip
+def test_refuses(options: dict[str, Any], apply: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(**options)
+        build({"apply": apply}, **options)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +486,7 @@ def test_refuses_what_needs_more_than_a_cpu(name: str, value: Any) -> None:
         "advantage_reweight": None, "deepspeed": None,
     }  # fmt: skip
     template, kwargs = SimpleNamespace(sequence_parallel_size=1), {}
-    refuse(integration.refusals(SimpleNamespace(**args), template, {}))
+    refuse(integration.refusals(SimpleNamespace(**args), template, {}, "advantages"))
     if name == "deepspeed_autotp_size":
         args["deepspeed"] = {"tensor_parallel": {"autotp_size": value}}
     elif name in args:
@@ -490,7 +496,7 @@ def test_refuses_what_needs_more_than_a_cpu(name: str, value: Any) -> None:
     else:
         kwargs[name] = value
     with pytest.raises(ValueError, match=f"^{name} must be .* with SHEAR, got "):
-        refuse(integration.refusals(SimpleNamespace(**args), template, kwargs))
+        refuse(integration.refusals(SimpleNamespace(**args), template, kwargs, "advantages"))
 
 
 def test_refuses_samples_that_have_no_correctness_of_their_own() -> None:

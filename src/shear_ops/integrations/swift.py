@@ -14,22 +14,27 @@ Hidden states come from the pass for the old log-probabilities, which ms-swift m
 micro-batch: no extra forward. Groups may be split over micro-batches and ranks; states are
 regrouped over the whole world. ``overlong_filter`` makes truncated rollouts ignored ones.
 
+Weights multiply advantages; with importance_sampling_level "sequence" the gradient of the
+log-probabilities (``register(apply=...)``; a KL term is not scaled).
+
 Tested on a CPU, with the pipeline of that command and rollouts by transformers: full parameters and
-LoRA, with a reference, loss_type grpo, bnpo, dr_grpo, dapo, cispo and sapo, groups split over
-micro-batches and two processes, num_iterations, dynamic_sample, evaluation. Run with stubs:
-padding_free (without the check for flash attention), masks with holes as tools make them. From
-source only: a GPU, vLLM (colocate, server, async_generate), scheduled turns, images, DeepSpeed,
-FSDP2, loss_type fipo and off_policy_sequence_mask_delta (both of which 4.6.0 itself refuses).
+LoRA, with a reference, loss_type grpo, bnpo, dr_grpo, dapo, cispo and sapo at every level of
+importance sampling, groups split over micro-batches and two processes, num_iterations,
+dynamic_sample, evaluation. Run with stubs: padding_free (without the check for flash attention),
+masks with holes as tools make them. From source only: a GPU, vLLM (colocate, server,
+async_generate), scheduled turns, images, DeepSpeed, FSDP2, loss_type fipo and
+off_policy_sequence_mask_delta (both of which 4.6.0 itself refuses).
 
 Steps log ``shear/weight_mean`` and others; if they do not, SHEAR is off. It is with Megatron and
 Ray, which have trainers of their own and are not supported. Refused: the Liger loss,
-importance_sampling_level "sequence", loss_type "real", sequence_parallel_size,
-deepspeed_autotp_size, teachers, and schedulers that make several samples of one request.
+loss_type "real", sequence_parallel_size, deepspeed_autotp_size, teachers, schedulers that make
+several samples of one request, and what docs/trainers.md has in its table of losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +45,7 @@ from swift.rlhf_trainers.utils import get_even_process_data
 from swift.trainers import TrainerFactory
 from torch import Tensor
 
+from ..training.apply import reference_beside, scale_gradient
 from ..training.capture import HiddenCapture
 from ..training.metrics import log_weights
 from ..training.round import Rollouts, Round, lay_back
@@ -52,7 +58,7 @@ _Base: Any = GRPOTrainer if TYPE_CHECKING else object
 
 
 class ShearMixin(_Base):  # type: ignore[misc]
-    """Multiplies the advantages of ms-swift's GRPOTrainer with token weights; put it before that.
+    """Applies token weights in the loss of ms-swift's GRPOTrainer; put it before that.
 
     Logs over all completion tokens of a generation batch ``shear/weight_mean``, ``weight_p95``,
     ``weight_max``, ``mixed_groups``, the share of groups with both labels (the others have weight
@@ -67,7 +73,8 @@ class ShearMixin(_Base):  # type: ignore[misc]
         Raises:
             ValueError: for a setting of ms-swift that token weights cannot work with.
         """
-        refuse(refusals(kwargs["args"], kwargs["template"], kwargs))
+        self._shear_apply = apply_of(kwargs["args"], self.shear_settings.apply)
+        refuse(refusals(kwargs["args"], kwargs["template"], kwargs, self._shear_apply))
         self._shear_capture: HiddenCapture | None = None
         self._shear_round: Round | None = None
         super().__init__(*args, **kwargs)
@@ -104,6 +111,13 @@ class ShearMixin(_Base):  # type: ignore[misc]
         self, model: Any, model_inputs: Any, grpo_batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
         compute = super()._get_per_token_logps_and_entropies
+        if (weights := getattr(grpo_batch, "shear_weights", None)) is not None:  # of the loss
+            logps, entropies = compute(model, model_inputs, grpo_batch, *args, **kwargs)
+            if grpo_batch.ref_per_token_logps is not None:  # read after this forward
+                grpo_batch.ref_per_token_logps = reference_beside(
+                    grpo_batch.ref_per_token_logps, logps, weights
+                )
+            return scale_gradient(logps, weights), entropies
         made, capture = self._shear_round, self._shear_capture
         # passes of a batch that has old log-probabilities are the reference's or the loss's
         if made is None or capture is None or grpo_batch.old_per_token_logps is not None:
@@ -117,6 +131,10 @@ class ShearMixin(_Base):  # type: ignore[misc]
         made.add(recording.hidden, mask.sum(1), rollouts)
         return result
 
+    def _compute_loss_and_metrics(self, model: Any, model_inputs: Any, grpo_batch: Any) -> Any:
+        # a copy: the reference's log-probabilities get a gradient, once per loss
+        return super()._compute_loss_and_metrics(model, model_inputs, copy(grpo_batch))
+
     def _postprocess_batch(self, samples: Any, batch_encoded_inputs: Any) -> None:
         super()._postprocess_batch(samples, batch_encoded_inputs)
         made, self._shear_round = self._shear_round, None
@@ -129,7 +147,11 @@ class ShearMixin(_Base):  # type: ignore[misc]
         rows = iter(found.weights.values())  # as added: micro-batch by micro-batch
         for batch in (encoded["grpo_batch"] for encoded in batch_encoded_inputs):
             mask = batch.completion_mask
-            batch.advantages = batch.advantages * lay_back(islice(rows, len(mask)), mask)
+            weights = lay_back(islice(rows, len(mask)), mask)
+            if self._shear_apply == "advantages":
+                batch.advantages = batch.advantages * weights
+            else:
+                batch.shear_weights = weights
         metrics = self._metrics["train" if self.model.training else "eval"]
         log_weights(self.accelerator, torch.cat(list(found.weights.values())), found, metrics)
 
@@ -166,8 +188,21 @@ def _flattened(batch: Any) -> Tensor:
     return torch.cat([row[len(row) - length :] for row, length in rows])[None]
 
 
-def refusals(args: Any, template: Any, kwargs: dict[str, Any]) -> Iterator[tuple[object, str]]:
-    """What SHEAR cannot work with in ms-swift's arguments and a trainer's own."""
+def apply_of(args: Any, wanted: str) -> str:
+    """How weights are applied, where the settings want "auto" or one of the two ways."""
+    if wanted != "auto":
+        return wanted
+    return "gradient" if args.importance_sampling_level == "sequence" else "advantages"
+
+
+def refusals(
+    args: Any, template: Any, kwargs: dict[str, Any], apply: str
+) -> Iterator[tuple[object, str]]:
+    """What SHEAR cannot work with in ms-swift's arguments and a trainer's own.
+
+    Where weights are applied as apply says.
+    """
+    levels = ["token", "sequence_token", *(["sequence"] if apply == "gradient" else [])]
     deepspeed = args.deepspeed if isinstance(args.deepspeed, dict) else {}
     parallel = deepspeed.get("tensor_parallel", {}).get("autotp_size", 1)
     replicas = "token weights are computed over pure data parallelism"
@@ -175,8 +210,8 @@ def refusals(args: Any, template: Any, kwargs: dict[str, Any]) -> Iterator[tuple
     rules: list[tuple[str, Any, list[Any], str]] = [
         ("use_liger_kernel", args.use_liger_kernel, [False],
          "the Liger loss takes one advantage per rollout"),
-        ("importance_sampling_level", args.importance_sampling_level, ["token", "sequence_token"],
-         "with one ratio per rollout, token weights reduce to their mean"),
+        ("importance_sampling_level", args.importance_sampling_level, levels,
+         "with one ratio per rollout, token weights reduce to their mean (use apply='gradient')"),
         ("loss_type", args.loss_type,
          ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "fipo"],
          "only losses that multiply advantages token by token can use token weights"),
