@@ -326,6 +326,24 @@ def test_refuses() -> None:
         attach(trainer)
 
 
+def test_trl_without_its_courtesy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later trl may take one advantage per rollout only: (B, 1, C) would broadcast in silence."""
+    compute = GRPOTrainer._compute_loss
+
+    def without(self: Any, model: Any, inputs: Any) -> Tensor:
+        assert inputs["advantages"].dim() < 2
+        return compute(self, model, inputs)
+
+    options = {"optim": "sgd", "learning_rate": 0.5}
+    shear = ShearConfig(spans=SPANS)
+    wanted = train(build(ShearGRPOTrainer, shear=shear, **options))
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", without)
+    found = train(build(ShearGRPOTrainer, shear=shear, **options))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="for trl's GRPOTrainer, got 'advantages': its loss takes"):
+        build(ShearGRPOTrainer, shear=ShearConfig(apply="advantages"))
+
+
 def test_loss_that_makes_its_own_log_probabilities() -> None:
     class Fused(GRPOTrainer):  # type: ignore[misc]
         def _compute_loss(self, model: Any, inputs: Any) -> Tensor:

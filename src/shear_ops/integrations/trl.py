@@ -58,6 +58,7 @@ from .unsloth import UnslothLayout, generated
 
 MODES = ("auto", "loss", "score")
 OLDEST_TRL = (0, 29)
+TAKES = "advantages.dim() == 1"  # in the source of trl's loss, which takes (B, C) as a courtesy
 READ = ("trl.experimental.gmpo", "trl.experimental.gspo_token")  # losses of their own
 
 Trainer = TypeVar("Trainer")
@@ -291,8 +292,9 @@ class ShearMixin(_Base):  # type: ignore[misc]
     def _shear_choose_apply(self, wanted: str) -> str:
         if wanted != "auto":
             return wanted
-        token_level = self.importance_sampling_level == "token" and not _own_loss(type(self))
-        return "advantages" if token_level else "gradient"
+        token_level = self.importance_sampling_level == "token"
+        takes = token_level and _takes_token_advantages(type(self))
+        return "advantages" if takes else "gradient"
 
     def _shear_recorded(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
         """Where a forward over rows (B, S) has the tokens of their last columns, the completion."""
@@ -361,12 +363,24 @@ def attach(trainer: Trainer, shear_config: ShearConfig | None = None) -> Trainer
     return trainer
 
 
-def _own_loss(trainer: type) -> type | None:
-    """The class of trl's, below GRPOTrainer, whose loss a trainer takes."""
-    owner = next(
+def _owner_of_loss(trainer: type) -> type:
+    return next(
         cls for cls in trainer.__mro__ if cls is not ShearMixin and "_compute_loss" in vars(cls)
     )
+
+
+def _own_loss(trainer: type) -> type | None:
+    """The class of trl's, below GRPOTrainer, whose loss a trainer takes."""
+    owner = _owner_of_loss(trainer)
     return owner if owner is not GRPOTrainer and owner.__module__.startswith("trl.") else None
+
+
+def _takes_token_advantages(trainer: type) -> bool:
+    """Whether the loss of a trainer takes advantages (B, C): somebody's own is trusted to."""
+    owner = _owner_of_loss(trainer)
+    if owner is GRPOTrainer and not generated(trainer):
+        return TAKES in inspect.getsource(owner._compute_loss)
+    return _own_loss(trainer) is None
 
 
 def refusals(trainer: Any, apply: str) -> Iterator[tuple[object, str]]:
@@ -392,8 +406,8 @@ def refusals(trainer: Any, apply: str) -> Iterator[tuple[object, str]]:
         "read",
     )
     yield (
-        per_token and owner is not None,
-        f"apply must be 'auto' or 'gradient' for trl's {owner and owner.__name__}, got "
+        per_token and not _takes_token_advantages(type(trainer)),
+        f"apply must be 'auto' or 'gradient' for trl's {(owner or GRPOTrainer).__name__}, got "
         "'advantages': its loss takes one advantage per rollout",
     )
     yield (
