@@ -209,7 +209,13 @@ def test_refuses_files(settings: dict[str, Any], message: str) -> None:
     [
         ({"shear": {}}, r"2 functions \(low, even\): say which"),
         ({"shear": {"correctness": "right"}}, r"\(low, even\), got 'right'"),
-        ({"trl": {"importance_sampling_level": "sequence"}}, "must be 'token', got 'sequence'"),
+        (
+            {
+                "trl": {"importance_sampling_level": "sequence"},
+                "shear": SHEAR | {"apply": "advantages"},
+            },
+            "must be 'token' with apply='advantages', got 'sequence'",
+        ),
         (
             {"trainer_cls": f"{__name__}.OtherTrainer"},
             "_generate_and_score_completions must be trl's, got another one in OtherTrainer",

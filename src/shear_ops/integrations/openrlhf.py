@@ -3,6 +3,9 @@
     python -m shear_ops.integrations.openrlhf --shear.threshold 0.5 \\
         --algo.advantage.estimator group_norm <other arguments of openrlhf.cli.train_ppo_ray>
 
+It works with group_norm, which is GRPO, and other estimators that compare the rollouts of a prompt;
+not with OpenRLHF's default, gae.
+
     --shear.threshold    a rollout is correct if its score is at least this
     --shear.align        as in HiddenCapture
     --shear.spans.*      fields of SpanConfig
@@ -20,8 +23,9 @@ after whitening. Steps log ``shear/weight_mean``, ``weight_max``, ``mixed_groups
 Tested, on two CPU ranks with Ray, DeepSpeed and gloo: padded, packed and dynamic batches, LoRA with
 ZeRO-3, tensor parallelism, rollouts of several turns; the command, synchronous with a colocated
 reference and asynchronous. Stubs there: vLLM, flash-attn's padding, torch.cuda's calls. From
-source only: a GPU, nccl, several nodes, images, liger, sleep modes. Not supported: gspo; gae,
-reinforce and flash_reinforce; the KL penalty in rewards; reward models; ring attention.
+source only: a GPU, nccl, several nodes, images, liger, sleep modes, rloo and dr_grpo. Not
+supported: gspo and apply="gradient"; gae, reinforce and flash_reinforce; the KL penalty in rewards;
+reward models; ring attention.
 """
 
 from __future__ import annotations
