@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,6 +36,16 @@ class Seen(NamedTuple):
 def resident(field: str) -> int:
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def blocks_of_their_own() -> None:
+    """Take large blocks from the system, and give them back to it, so that what is resident is in
+    use: the heap can keep as much again in holes between them."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def restart() -> int:
@@ -71,6 +83,7 @@ def states(rollouts: int) -> torch.Tensor:
 def step(rank: int, how: str, groups: int) -> Seen:
     """Rollouts of every group lie on all ranks in turn; one warm-up group first."""
     size = dist.get_world_size()
+    blocks_of_their_own()
     for count in (size, groups):
         mine = [i for i in range(count * SIZE) if (i // 2) % size == rank]
         given = {
