@@ -66,6 +66,6 @@ GPU = Sizes(
     growth_dtype=torch.bfloat16, peak=8192, limit_s=6.0, give_up_s=2.0,
 )  # fmt: skip
 GPU_QUICK = replace(
-    QUICK, tokens=100, small=(100, 32), growth_tokens=(100,), growth_length=100, growth_dims=(32,),
+    QUICK, tokens=125, small=(100, 32), growth_tokens=(100,), growth_length=100, growth_dims=(32,),
     growth_rollouts=(4,), problems=4, sample=2, repeats=1, give_up_s=0.3,
 )  # fmt: skip
